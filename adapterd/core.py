@@ -1,0 +1,251 @@
+"""The nouns every room of the house shares: plain frozen data, no torch, no I/O.
+
+Only these cross between the server and the engine thread, so the engine can become a process of its own
+without a change of vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, NewType
+
+RequestId = NewType("RequestId", str)
+AdapterDigest = NewType("AdapterDigest", str)
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, order=True)
+class AdapterId:
+    """One version of one adapter: the digest of everything that changes an answer.
+
+    `name` is what people found it under and takes no part in equality: KV blocks, adapter memory and
+    metrics are keyed by content, and a name is only a pointer to it.
+    """
+
+    digest: AdapterDigest
+    name: str = field(compare=False)
+
+
+BASE_ADAPTER = AdapterId(AdapterDigest("base"), "base")
+"""The base is an adapter too: the one without matrices."""
+
+AdapterMix = tuple[tuple[AdapterId, float], ...]
+"""What a sequence runs: adapters with a factor on top of each one's own scale. The base is the empty tuple."""
+
+BASE_MIX: AdapterMix = ()
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. Checked where it is made; see `server/protocol.py`.
+
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and penalties at their neutral value are off.
+    `logprobs` is the number of alternatives reported beside each chosen token (None: report nothing);
+    `prompt_logprobs` the same for the prompt's own tokens. Log probabilities are those of the model's
+    raw distribution, before penalties and temperature.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asked. `eos_token_ids` come from the base or from the adapter's own tokenizer files.
+
+    `num_sequences` answers are drawn from one prompt. `arrival_seconds` is monotonic time.
+    """
+
+    id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    mix: AdapterMix
+    eos_token_ids: frozenset[int]
+    arrival_seconds: float
+    num_sequences: int = 1
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token's log probability, its rank (1 is the likeliest), and the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class Sequence:
+    """One running answer.
+
+    `token_ids` is prompt then output; `num_computed_tokens` of them have their keys and values in the
+    blocks of `block_table`. There is no prefill or decode flag: a step computes some of
+    `num_tokens - num_computed_tokens`, and a step that reaches `num_tokens` samples the next.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    token_ids: list[int]
+    state: SequenceState = SequenceState.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    waiting_since_seconds: float = 0.0
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def mix(self) -> AdapterMix:
+        return self.request.mix
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """`num_tokens` of a sequence to compute in this step, from `start` on; sampled if that reaches its end."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work, decided but not done: sequences sorted by mix, adapter memory to drop, then to fill."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    evictions: tuple[AdapterId, ...] = ()
+    uploads: tuple[AdapterId, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """What the runner gives back for one scheduled sequence.
+
+    `token_id` is None while the sequence still has tokens to compute. `prompt_logprobs` holds one entry
+    for each prompt token predicted in this step (the first prompt token is predicted by nothing).
+    """
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One sequence's step as the server sees it: new tokens, the text that is safe to show, how it ended.
+
+    Counts are cumulative. `text` may lag behind `token_ids` while a UTF-8 sequence or a possible stop
+    string is held back; the last output carries all that is left. `stop_reason` is the stop string or the
+    stop token id asked for in the request; None at an end-of-sequence token.
+    """
+
+    request_id: RequestId
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What others need to know of the loaded base, without its tensors.
+
+    `lora_targets` maps a module path, as PEFT writes it in an adapter's tensors after `base_model.model.`,
+    to (d_out, d_in) of each linear that adapters may change. `dtype` is torch's name for the compute type.
+    `max_model_len` bounds prompt and answer together.
+    """
+
+    name: str
+    root: str
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    lora_targets: Mapping[str, tuple[int, int]]
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters of the engine, copied whole between two steps; readable from any thread.
+
+    Held memory belongs to sequences that are running. Cached KV blocks and idle resident adapters are not
+    held: the next request may take their place.
+    """
+
+    num_waiting: int
+    num_running: int
+    kv_blocks_total: int
+    kv_blocks_held: int
+    kv_blocks_cached: int
+    kv_block_size: int
+    adapter_bytes_total: int
+    adapter_bytes_resident: int
+    adapter_bytes_held: int
+    resident: tuple[AdapterId, ...]
+    num_steps: int
+    num_tokens_computed: int
+    num_preemptions: int
+    num_prefix_hit_tokens: int
+    num_prefix_query_tokens: int
+    num_uploads: int
+    num_evictions: int
+    heartbeat_seconds: float
+    failed: str | None

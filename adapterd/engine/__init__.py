@@ -1,0 +1,1 @@
+"""What is decided: residency, KV blocks, scheduling, text. Only engine.py touches the model."""

@@ -1,0 +1,98 @@
+"""The error tree. Each error carries the HTTP status and OpenAI `code` a client sees.
+
+AdapterdError
+├── InvalidRequest            400  the request asks for what cannot be done; `param` names the field
+│   └── ContextLengthExceeded 400  prompt and answer do not fit the model's context
+├── Unauthorized              401
+├── Forbidden                 403
+├── ModelNotFound             404  no base or adapter of that name
+├── Conflict                  409  the name exists with other content, or its owner is elsewhere
+├── Overloaded                429  a bounded queue is full; `retry_after_seconds` says when to come back
+├── AdapterRefused            400  an adapter that cannot be applied exactly; names the field and the reason
+├── BaseRefused               start-up only: a base that cannot be served exactly
+├── ConfigError               start-up only: a setting that is unknown, malformed or unsafe
+└── Unavailable               503  starting, draining, or the adapter is still loading
+"""
+
+
+class AdapterdError(Exception):
+    """Base of all errors meant for people. `param` is the request field or setting at fault, if one is."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(AdapterdError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class Unauthorized(AdapterdError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(AdapterdError):
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
+class ModelNotFound(AdapterdError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class Conflict(AdapterdError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class Overloaded(AdapterdError):
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class AdapterRefused(AdapterdError):
+    status = 400
+    type = "invalid_request_error"
+    code = "adapter_refused"
+
+
+class BaseRefused(AdapterdError):
+    code = "base_refused"
+
+
+class ConfigError(AdapterdError):
+    code = "invalid_config"
+
+
+class Unavailable(AdapterdError):
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds

@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI-shaped API over the engine. No torch."""

@@ -1,0 +1,1 @@
+"""Making adapters: rows to tokens and masks, one flat training loop."""
