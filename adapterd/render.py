@@ -1,0 +1,243 @@
+"""Messages to tokens and back: the one renderer of the server, of training and of evaluation.
+
+What a model is trained on and what it is asked are the same ids because they come out of the same function.
+Safe to call from many threads: nothing here changes after `load`.
+"""
+
+import inspect
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+from transformers import AutoTokenizer
+
+from adapterd.errors import BaseRefused, InvalidRequest
+from adapterd.token_table import TokenTable, build_token_table, tokenizer_fingerprint
+
+_T = TypeVar("_T")
+
+_PROBE_TEXT = "Café naïve — 12,345 ✓ 日本語 😀\n\tA b  c   'd' <e> f_g(h); Hello world"
+
+
+class Renderer:
+    """One base's tokenizer and chat template, and the table from token ids to bytes.
+
+    token_bytes: id -> bytes, b"" for ids that decode to nothing; checked against the tokenizer's decoding.
+    special_token_ids: ids that `skip_special_tokens` leaves out of a text.
+    stop_token_id: what ends an assistant's turn; training appends it and serving stops on it.
+    eos_token_ids: every id the base ends on; holds `stop_token_id`.
+    strips_leading_space: `decode` drops one space at the start of a text that `token_bytes` keep.
+    tokenizer_fingerprints: of the tokenizer.json on disk and of the tokenizer made from it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, eos_token_ids: frozenset[int], file_fingerprint: str | None = None
+    ) -> None:
+        """`tokenizer`: a transformers fast tokenizer. BaseRefused if tokens do not match text exactly."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise BaseRefused(
+                f"the base's tokenizer is {type(tokenizer).__name__}, which has no tokenizer.json; only fast"
+                " tokenizers are supported (convert it with transformers' save_pretrained)"
+            )
+        self._tokenizer = tokenizer
+        self._own_arguments = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        parsed = json.loads(self._backend.to_str())
+        table = build_token_table(parsed)
+        self.token_bytes: tuple[bytes, ...] = table.token_bytes
+        self.strips_leading_space: bool = table.strips_leading_space
+        self.special_token_ids: frozenset[int] = frozenset(
+            token["id"] for token in parsed["added_tokens"] if token["special"]
+        )
+        self._check_table(table)
+        fingerprints = {tokenizer_fingerprint(parsed)}
+        if file_fingerprint is not None:
+            fingerprints.add(file_fingerprint)
+        self.tokenizer_fingerprints: frozenset[str] = frozenset(fingerprints)
+        self.stop_token_id: int = self._find_stop_token(eos_token_ids)
+        self.eos_token_ids: frozenset[int] = eos_token_ids | {self.stop_token_id}
+
+    @classmethod
+    def load(cls, directory: Path) -> "Renderer":
+        """Read the tokenizer, template and end-of-sequence ids in `directory`. Imports no code from it."""
+        if not (directory / "tokenizer.json").is_file():
+            raise BaseRefused(
+                f"{directory} has no tokenizer.json; only fast tokenizers are supported"
+                " (convert the tokenizer with transformers' save_pretrained)"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        eos = {tokenizer.eos_token_id} - {None}
+        for name in ("config.json", "generation_config.json"):
+            eos |= read_eos_token_ids(directory / name) or set()
+        file = json.loads((directory / "tokenizer.json").read_bytes())
+        return cls(tokenizer, eos_token_ids=frozenset(eos), file_fingerprint=tokenizer_fingerprint(file))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def render_text(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> str:
+        """The text a chat becomes, before it is tokens. `chat_template` replaces the base's.
+
+        Raises InvalidRequest if there is no template, if the template refuses the messages, or if
+        `template_kwargs` names an argument that is not the template's.
+        """
+        if not messages:
+            raise InvalidRequest("messages is empty; a chat needs at least one message", param="messages")
+        if chat_template is None and not self.has_chat_template:
+            raise InvalidRequest(
+                "the base has no chat template and the adapter brings none; use /v1/completions instead",
+                param="messages",
+            )
+        taken = sorted(self._own_arguments.intersection(template_kwargs or ()))
+        if taken:
+            raise InvalidRequest(f"{taken[0]!r} cannot be set by the request", param="chat_template_kwargs")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=chat_template,
+                tools=[dict(tool) for tool in tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(template_kwargs or {}),
+            )
+        except jinja2.exceptions.TemplateError as error:
+            raise InvalidRequest(
+                f"the chat template refused the messages: {error}", param="messages"
+            ) from error
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InvalidRequest(
+                f"the chat template failed on the messages: {reason}", param="messages"
+            ) from error
+        return str(text)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """The only way messages become tokens. Special tokens come from the template alone."""
+        text = self.render_text(
+            messages,
+            chat_template=chat_template,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=template_kwargs,
+        )
+        return self._encode(text, add_special_tokens=False, param="messages")
+
+    def encode(self, text: str) -> list[int]:
+        """A raw prompt, with the special tokens this tokenizer adds by itself."""
+        return self._encode(text, add_special_tokens=True, param="prompt")
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The text of an answer, nothing added; training appends `stop_token_id`."""
+        return self._encode(text, add_special_tokens=False, param="messages")
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The tokenizer's own decoding, without its optional tidying of spaces before punctuation."""
+        return str(_guarded(lambda: self._backend.decode(list(ids), skip_special_tokens), "token_ids"))
+
+    def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        # The backend is called directly: transformers' wrapper writes truncation settings into it on each
+        # call, which races between threads.
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "the text holds a lone surrogate, which is no Unicode text", param=param
+            ) from error
+        encoding = _guarded(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens), param)
+        return list(encoding.ids)
+
+    def _find_stop_token(self, eos_token_ids: frozenset[int]) -> int:
+        """The special token that the template puts after an answer; failing that, the tokenizer's own end."""
+        if self.has_chat_template:
+            mark = "adapterd-answer"
+            chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
+            try:
+                tail = self.render_text(chat, add_generation_prompt=False).rpartition(mark)[2]
+            except InvalidRequest as error:
+                raise BaseRefused(
+                    f"the base's chat template cannot render a question and its answer: {error}"
+                ) from error
+            after = [i for i in self.encode_answer(tail) if i in self.special_token_ids or i in eos_token_ids]
+            if after:
+                return after[0]
+        own = self._tokenizer.eos_token_id
+        if own is not None:
+            return int(own)
+        if eos_token_ids:
+            return min(eos_token_ids)
+        raise BaseRefused(
+            "the base names no end-of-sequence token: neither its chat template, tokenizer_config.json,"
+            " config.json nor generation_config.json has one, so no answer could end"
+        )
+
+    def _check_table(self, table: TokenTable) -> None:
+        """Decode sample runs both ways; BaseRefused if joined bytes and the tokenizer's text differ."""
+        whole = [i for i, data in enumerate(table.token_bytes) if data and _is_utf8(data)]
+        random.Random(0).shuffle(whole)
+        # Each run opens with a letter: decoders have rules of their own for the start of a text.
+        letter = self.encode_answer("a")[-1]
+        sample = whole[:65536]
+        runs = [[letter, *sample[start : start + 64]] for start in range(0, len(sample), 64)]
+        runs.append(self.encode_answer(_PROBE_TEXT))
+        for run in runs:
+            joined = b"".join(table.token_bytes[i] for i in run).decode("utf-8", "replace")
+            if table.strips_leading_space:
+                joined = joined.removeprefix(" ")
+            decoded = self._backend.decode(run, False)
+            if joined != decoded:
+                raise BaseRefused(
+                    "the base's tokenizer cannot be reproduced token by token:"
+                    f" it decodes ids {run[:8]}... as {decoded[:60]!r} where their bytes read {joined[:60]!r}"
+                )
+
+
+def read_eos_token_ids(file: Path) -> set[int] | None:
+    """`eos_token_id` of a config.json or generation_config.json, one or several; None if absent."""
+    if not file.is_file():
+        return None
+    value = json.loads(file.read_bytes()).get("eos_token_id")
+    if value is None:
+        return None
+    return {int(i) for i in (value if isinstance(value, list) else [value])}
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _guarded(call: Callable[[], _T], param: str) -> _T:
+    """Turn the tokenizer library's errors into ours. A Rust panic arrives as a bare BaseException."""
+    try:
+        return call()
+    except (TypeError, OverflowError, ValueError) as error:
+        raise InvalidRequest(f"the tokenizer refused the input: {error}", param=param) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequest(f"the tokenizer failed on the input: {error}", param=param) from error
