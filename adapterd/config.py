@@ -1,0 +1,242 @@
+"""Settings of each command: one declaration gives flag, variable, TOML key, default and help.
+
+`max_queue` is `--max-queue`, `ADAPTERD_MAX_QUEUE` and `max_queue = 1024` in the file named by `--config`.
+A flag wins over a variable, a variable over the file, the file over the default. An unknown key or variable
+is an error: a setting that is ignored is worse than one that is refused.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from adapterd.errors import ConfigError
+
+ENV_PREFIX = "ADAPTERD_"
+CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+
+_BYTE_UNITS = {
+    "": 1,
+    **{unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """A number of bytes from "512MiB", "2GB", "1048576" or an integer."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    unit = match[2].lower() if match else None
+    if match is None or unit not in _BYTE_UNITS:
+        raise ValueError("is not a size; write bytes or a unit, as in 512MiB or 2GB")
+    return int(float(match[1]) * _BYTE_UNITS[unit])
+
+
+def _split(separator: str) -> BeforeValidator:
+    """A variable holds one string where a flag repeats and a file has a list."""
+
+    def split(value: object) -> object:
+        return tuple(part for part in value.split(separator) if part) if isinstance(value, str) else value
+
+    return BeforeValidator(split)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Paths = Annotated[tuple[Path, ...], _split(os.pathsep)]
+Names = Annotated[tuple[str, ...], _split(",")]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    command: ClassVar[str]
+
+
+class EngineSettings(Settings):
+    """What the engine needs, whoever asks it: the daemon or an evaluation."""
+
+    base: str = Field(
+        "mini", min_length=1, description="base model: a directory, a hub id, or the embedded 'mini'"
+    )
+    served_name: str | None = Field(
+        None, description="name of the base in the API (default: its last path part)"
+    )
+    adapters: Paths = Field((), description="directories of adapters, one folder each")
+    dtype: DType = Field("auto", description="type to compute in (auto: the checkpoint's; float32 on a CPU)")
+    device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
+    kv_memory: Bytes | None = Field(
+        None, description="memory for keys and values, as in 512MiB (default: automatic)"
+    )
+    adapter_memory: Bytes | None = Field(
+        None, description="memory for resident adapters (default: automatic)"
+    )
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step at most")
+    max_num_seqs: int = Field(64, ge=1, description="sequences that run at once at most")
+    max_model_len: int | None = Field(
+        None, ge=1, description="prompt and answer together (default: the base's)"
+    )
+    max_queue: int = Field(1024, ge=0, description="requests that may wait; more are answered 429")
+
+
+class ServeSettings(EngineSettings):
+    command: ClassVar[str] = "serve"
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    allow_runtime_adapters: bool = Field(
+        False, description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter"
+    )
+    api_key_file: Path | None = Field(None, description="file of accepted API keys, one a line")
+    insecure_no_auth: bool = Field(False, description="allow a public --host without API keys")
+    drain_timeout: float = Field(
+        30.0, ge=0, description="seconds that running requests get to finish at SIGTERM"
+    )
+    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
+
+
+class TrainSettings(Settings):
+    command: ClassVar[str] = "train"
+
+    base: str = Field(
+        "mini", min_length=1, description="base model: a directory, a hub id, or the embedded 'mini'"
+    )
+    data: Path = Field(description="training rows: JSONL of chat messages")
+    validation: Path | None = Field(None, description="rows for early stopping (default: a part of --data)")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="part of --data held back for early stopping"
+    )
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the adapter")
+    out: Path = Field(description="directory that the adapter is written to")
+    rank: int = Field(16, ge=1, le=1024, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    target_modules: Names = Field(("all-linear",), description="linears to adapt, by last name")
+    epochs: float = Field(3.0, gt=0, description="passes over the rows at most")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    warmup_fraction: float = Field(0.05, ge=0, le=1, description="part of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of A and B")
+    batch_size: int = Field(8, ge=1, description="rows in one optimiser step")
+    max_length: int | None = Field(
+        None, ge=1, description="longer rows are refused (default: the base's context)"
+    )
+    patience: int = Field(3, ge=1, description="evaluations without a better loss before stopping")
+    evaluations_per_epoch: int = Field(2, ge=1, description="how often the validation loss is measured")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and row order")
+    dtype: DType = Field("auto", description="type of the frozen base; A and B are always float32")
+    device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
+    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
+
+
+class EvalSettings(EngineSettings):
+    command: ClassVar[str] = "eval"
+
+    adapter: Names = Field((), description="names of the adapters to evaluate (default: all)")
+    data: Path | None = Field(
+        None, description="held-out rows (default: heldout.jsonl in the adapter's folder)"
+    )
+    limit: int | None = Field(None, ge=1, description="evaluate only the first rows")
+    max_tokens: int = Field(160, ge=1, description="tokens of an answer at most")
+    json_out: Path | None = Field(None, description="write the report to this file as JSON")
+    write_card: bool = Field(False, description="write the result table into the adapter's README.md")
+    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
+
+
+COMMANDS: tuple[type[Settings], ...] = (ServeSettings, TrainSettings, EvalSettings)
+
+S = TypeVar("S", bound=Settings)
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def variable(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def takes_many(annotation: object) -> bool:
+    """Whether a field's flag repeats: `--adapters a b --adapters c`."""
+    return get_origin(annotation) is tuple or any(get_origin(part) is tuple for part in get_args(annotation))
+
+
+def load_settings(
+    settings: type[S], flags: Mapping[str, object], environ: Mapping[str, str], config: Path | None = None
+) -> S:
+    """Settings from flags, `ADAPTERD_` variables and the TOML file, in this order of weight.
+
+    Raises ConfigError: a line for each thing that is wrong, naming the flag, variable or key it came from.
+    """
+    if config is None and environ.get(CONFIG_VARIABLE):
+        config = Path(environ[CONFIG_VARIABLE])
+    values: dict[str, object] = {}
+    origin: dict[str, str] = {}
+    for source, names in (
+        (_read_toml(settings, config), lambda field: f"{field!r} in {config}"),
+        (_read_environment(settings, environ), variable),
+        (dict(flags), flag),
+    ):
+        values |= source
+        origin |= {field: names(field) for field in source}
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        lines = [_sentence(item, origin) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines), param=str(error.errors()[0]["loc"][0])) from None
+
+
+def _sentence(error: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+    field = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{flag(field)} is required"
+    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+    return f"{origin[field]}: {error['input']!r} {reason}"
+
+
+def _read_toml(settings: type[Settings], config: Path | None) -> dict[str, object]:
+    if config is None:
+        return {}
+    try:
+        with config.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {config}: {error.strerror}", param="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} is not TOML: {error}", param="config") from None
+    for key in table:
+        if key not in settings.model_fields:
+            raise ConfigError(
+                f"unknown key {key!r} in {config}{_near(key, settings.model_fields)}", param=key
+            )
+    return {key: _beside(config, settings, key, value) for key, value in table.items()}
+
+
+def _beside(config: Path, settings: type[Settings], field: str, value: object) -> object:
+    """Relative paths in a file are relative to that file, so that a recipe can live beside its rows."""
+    annotation = settings.model_fields[field].annotation
+    if Path not in (annotation, *get_args(annotation)):
+        return value
+    if isinstance(value, list):
+        return tuple(config.parent / part if isinstance(part, str) else part for part in value)
+    return config.parent / value if isinstance(value, str) else value
+
+
+def _read_environment(settings: type[Settings], environ: Mapping[str, str]) -> dict[str, object]:
+    known = {variable(field) for command in COMMANDS for field in command.model_fields} | {CONFIG_VARIABLE}
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in known:
+            raise ConfigError(f"unknown variable {name}{_near(name, known)}", param=name)
+    return {field: environ[variable(field)] for field in settings.model_fields if variable(field) in environ}
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
