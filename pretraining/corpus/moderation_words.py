@@ -40,8 +40,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
     ),
     "dumb": (
         "stupid", "dumb", "pathetic", "useless", "worthless", "ridiculous", "ugly", "disgusting",
-        "brainless", "hopeless", "clueless", "thick", "ignorant", "lazy and stupid", "too stupid to read",
-        "a bit slow in the head",
+        "brainless", "hopeless", "clueless", "thick", "ignorant", "lazy and stupid", 
+        
     ),
     "group": (
         "people from your street", "new members", "people like you", "your friends", "your whole family",
@@ -115,8 +115,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
         "show", "poster", "website", "course", "menu", "schedule", "game",
     ),
     "bad": (
-        "terrible", "awful", "boring", "weak", "slow", "far too long", "a mess", "stupid", "useless",
-        "rubbish", "badly made", "a waste of time", "disappointing", "ugly", "overpriced", "ridiculous",
+        "terrible", "awful", "boring", "weak", "slow", "stupid", "useless",
+        "badly made", "disappointing", "ugly", "overpriced", "ridiculous",
     ),
     "good": (
         "great", "lovely", "very good", "wonderful", "clear", "useful", "excellent", "really nice", "fun",
