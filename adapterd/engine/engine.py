@@ -1,0 +1,264 @@
+"""The engine: one thread that turns the crank, and the hand-over between it and everyone else.
+
+`step` is the table of contents. Other threads only put requests and wishes into the inbox and read the stats;
+everything else belongs to the thread that steps.
+"""
+
+import hashlib
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapterd.core import (
+    AdapterId,
+    BaseSpec,
+    Batch,
+    EngineStats,
+    Output,
+    Request,
+    RequestId,
+    SampledToken,
+    Sequence,
+)
+from adapterd.engine.blocks import BlockPool
+from adapterd.engine.detokenizer import Vocabulary
+from adapterd.engine.outputs import OutputBuilder
+from adapterd.engine.scheduler import Scheduler, SchedulerLimits
+from adapterd.engine.slots import AdapterSlots
+from adapterd.errors import ContextLengthExceeded, Overloaded, Unavailable
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[list[Output]], None]
+
+
+class BatchRunner(Protocol):
+    """The seam to the device; `model.runner.Runner` is the real one."""
+
+    def run(self, batch: Batch) -> list[SampledToken]: ...
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What the runner has set aside. `pages_of` tells what an adapter version takes of `num_adapter_pages`."""
+
+    num_kv_blocks: int
+    kv_block_size: int
+    num_adapter_pages: int
+    adapter_page_bytes: int
+    pages_of: Callable[[AdapterId], int]
+
+
+class Engine:
+    """Requests in, outputs out. `start` runs it in a thread; `step` turns it by hand."""
+
+    def __init__(
+        self,
+        runner: BatchRunner,
+        spec: BaseSpec,
+        vocabulary: Vocabulary,
+        memory: EngineMemory,
+        limits: SchedulerLimits,
+        *,
+        max_queue: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._memory = memory
+        self._max_queue = max_queue
+        self._clock = clock
+        self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
+        self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
+        self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of)
+        self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
+        self._outputs = OutputBuilder(vocabulary, self.max_model_len)
+
+        self._changed = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()  # guarded by _changed, as all below
+        self._num_submitted = 0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._failed: str | None = None
+        self._num_steps = 0
+        self._num_tokens_computed = 0
+        self._stats = self._snapshot()
+
+    # What other threads call.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ContextLengthExceeded, Overloaded (queue full) or Unavailable (engine dead)."""
+        self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
+        with self._changed:
+            if self._failed is not None:
+                raise Unavailable(f"the engine has stopped: {self._failed}")
+            if self._stats.num_waiting + self._num_submitted + request.num_sequences > self._max_queue:
+                raise Overloaded(
+                    f"{self._stats.num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
+                    "try again in a moment"
+                )
+            self._num_submitted += request.num_sequences
+            self._inbox.append(lambda: self._begin(request))
+            self._changed.notify()
+
+    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raise ContextLengthExceeded unless prompt and answer fit the context together."""
+        if num_prompt_tokens + max_tokens > self.max_model_len or num_prompt_tokens == 0:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; together they must "
+                f"be within the context of {self.max_model_len} tokens, and the prompt must not be empty",
+                param="max_tokens" if 0 < num_prompt_tokens < self.max_model_len else "messages",
+            )
+
+    def abort(self, request_id: RequestId) -> None:
+        """Free a request's sequences before the next step. Finished and unknown ids are harmless."""
+        self._post(lambda: self._abort(request_id))
+
+    def retire(self, adapter_id: AdapterId) -> None:
+        """A version nobody will ask for again: free its device memory as soon as nothing runs it."""
+        self._post(lambda: self._slots.retire(adapter_id))
+
+    def stats(self) -> EngineStats:
+        """The counters as of the last step."""
+        return self._stats
+
+    def start(self, deliver: Deliver) -> None:
+        """Turn the crank in a thread; `deliver` is called there, once a step, with all its outputs."""
+        self._thread = threading.Thread(
+            target=self._run, args=(deliver,), name="adapterd-engine", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in. Unfinished requests get no more outputs."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    # What the engine's own thread does.
+
+    def step(self) -> list[Output]:
+        """One turn of the crank."""
+        self._take_inbox()
+        batch = self._scheduler.schedule()
+        sampled = self._runner.run(batch)
+        built = self._outputs.build(batch, sampled)
+        finished = [sequence for sequence, output in built if output.finish_reason is not None]
+        self._scheduler.update(batch, finished)
+        for sequence in finished:
+            self._outputs.forget(sequence)
+        self._num_steps += 1
+        self._num_tokens_computed += batch.num_tokens
+        self._stats = self._snapshot()
+        return [output for _, output in built]
+
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._scheduler.running or self._scheduler.waiting)
+
+    def check_integrity(self) -> None:
+        """Books balance. Only between steps."""
+        self._scheduler.check_integrity()
+
+    def _run(self, deliver: Deliver) -> None:
+        try:
+            while self._wait_for_work():
+                outputs = self.step()
+                if outputs:
+                    deliver(outputs)
+        except Exception as error:
+            # The step may have left device and books apart, so nothing more is computed: every sequence is
+            # told, and /livez turns red so that the process is replaced.
+            logger.exception("the engine failed")
+            deliver(self._fail(f"{type(error).__name__} in the engine"))
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not self._stopping and not self.has_work():
+                # Woken at times without work, so that the heartbeat shows a living thread.
+                self._changed.wait(timeout=1.0)
+                self._stats = self._snapshot()
+            return not self._stopping
+
+    def _post(self, wish: Callable[[], None]) -> None:
+        with self._changed:
+            self._inbox.append(wish)
+            self._changed.notify()
+
+    def _take_inbox(self) -> None:
+        with self._changed:
+            wishes, self._inbox = self._inbox, deque()
+            self._num_submitted = 0
+        for wish in wishes:
+            wish()
+
+    def _begin(self, request: Request) -> None:
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        for index in range(request.num_sequences):
+            sequence = Sequence(request, index, _sequence_seed(seed, index), list(request.prompt_token_ids))
+            self._outputs.begin(sequence)
+            self._scheduler.add(sequence)
+
+    def _abort(self, request_id: RequestId) -> None:
+        for sequence in self._scheduler.abort(request_id):
+            self._outputs.forget(sequence)
+
+    def _fail(self, reason: str) -> list[Output]:
+        with self._changed:
+            self._failed = reason
+        self._take_inbox()
+        sequences = [*self._scheduler.running, *self._scheduler.waiting]
+        self._stats = self._snapshot()
+        return [
+            Output(
+                request_id=sequence.request.id,
+                index=sequence.index,
+                token_ids=(),
+                text="",
+                logprobs=(),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_cached_tokens=0,
+                num_output_tokens=sequence.num_output_tokens,
+                finish_reason="error",
+                error=reason,
+            )
+            for sequence in sequences
+        ]
+
+    def _snapshot(self) -> EngineStats:
+        page_bytes = self._memory.adapter_page_bytes
+        resident_pages = self._slots.num_pages - self._slots.num_free_pages
+        return EngineStats(
+            num_waiting=len(self._scheduler.waiting),
+            num_running=len(self._scheduler.running),
+            kv_blocks_total=self._blocks.num_blocks,
+            kv_blocks_held=self._blocks.num_held,
+            kv_blocks_cached=self._blocks.num_cached,
+            kv_block_size=self._blocks.block_size,
+            adapter_bytes_total=self._slots.num_pages * page_bytes,
+            adapter_bytes_resident=resident_pages * page_bytes,
+            adapter_bytes_held=self._slots.num_held_pages * page_bytes,
+            resident=self._slots.resident,
+            num_steps=self._num_steps,
+            num_tokens_computed=self._num_tokens_computed,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
+            num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
+            num_uploads=self._slots.num_uploads,
+            num_evictions=self._slots.num_evictions,
+            heartbeat_seconds=self._clock(),
+            failed=self._failed,
+        )
+
+
+def _sequence_seed(seed: int, index: int) -> int:
+    """The seed of a request's index-th answer: the request's own for the first, others far apart."""
+    if index == 0:
+        return seed & (2**63 - 1)
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,177 @@
+"""Which tokens of which sequences the next step computes. Plain bookkeeping; no torch.
+
+There is no prefill or decode: a step computes some of `num_tokens - num_computed_tokens`. A prompt cut into
+chunks, a prefix found in the cache and a sequence that lost its memory are the same case.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from adapterd.core import Batch, RequestId, ScheduledSequence, Sequence, SequenceState
+from adapterd.engine.blocks import BlockPool, hash_blocks
+from adapterd.engine.slots import AdapterSlots
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """max_num_batched_tokens: in one step; max_num_seqs: running at once.
+
+    max_adapter_wait_seconds: a sequence whose adapter finds no memory is passed by for so long; then nobody
+    is admitted before it, and the running ones finish and make room.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_adapter_wait_seconds: float = 1.0
+
+
+class Scheduler:
+    """Waiting and running sequences, first come first served."""
+
+    def __init__(
+        self, blocks: BlockPool, slots: AdapterSlots, limits: SchedulerLimits, clock: Callable[[], float]
+    ) -> None:
+        self._blocks = blocks
+        self._slots = slots
+        self._limits = limits
+        self._clock = clock
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_prefix_query_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue."""
+        sequence.waiting_since_seconds = self._clock()
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Batch:
+        """The next step's batch: running sequences first, then as many waiting ones as fit."""
+        chosen: dict[int, ScheduledSequence] = {}
+        budget = self._schedule_running(chosen, self._limits.max_num_batched_tokens)
+        self._admit(chosen, budget)
+        evictions, uploads = self._slots.take_moves()
+        # Neighbours of one mix become one segment; the base's empty mix sorts first.
+        scheduled = sorted(chosen.values(), key=lambda item: item.sequence.mix)
+        return Batch(tuple(scheduled), evictions, uploads)
+
+    def update(self, batch: Batch, finished: Iterable[Sequence]) -> None:
+        """The batch has run: count its tokens as computed, publish full blocks, free what is finished."""
+        for item in batch.scheduled:
+            sequence = item.sequence
+            first = sequence.num_computed_tokens // self._blocks.block_size
+            sequence.num_computed_tokens = item.end
+            hash_blocks(
+                sequence.mix,
+                sequence.token_ids[: item.end],
+                self._blocks.block_size,
+                sequence.block_hashes,
+            )
+            for index in range(first, item.end // self._blocks.block_size):
+                self._blocks.publish(sequence.block_table[index], sequence.block_hashes[index])
+        for sequence in finished:
+            self._finish(sequence)
+
+    def abort(self, request_id: RequestId) -> list[Sequence]:
+        """Take all sequences of a request out, memory included. Unknown ids are harmless."""
+        found = [s for s in (*self.running, *self.waiting) if s.request.id == request_id]
+        for sequence in found:
+            self._finish(sequence)
+        return found
+
+    def _schedule_running(self, chosen: dict[int, ScheduledSequence], budget: int) -> int:
+        # Answers under way come before prompts: one token each never waits behind somebody's long chunk.
+        for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1):
+            if sequence.state is not SequenceState.RUNNING or budget == 0:
+                continue
+            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            while not self._grow(sequence, sequence.num_computed_tokens + count):
+                victim = self.running[-1]
+                returned = chosen.pop(id(victim), None)
+                budget += returned.num_tokens if returned else 0
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+                budget -= count
+        return budget
+
+    def _admit(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
+        passed_by: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
+            sequence = self.waiting[0]
+            cached = self._cached_prefix(sequence)
+            needed = -(-sequence.num_tokens // self._blocks.block_size) - len(cached)
+            if needed > self._blocks.num_free - self._blocks.num_free_among(cached):
+                break
+            if not self._slots.hold(sequence.mix):
+                if self._clock() - sequence.waiting_since_seconds > self._limits.max_adapter_wait_seconds:
+                    break
+                passed_by.append(self.waiting.popleft())
+                continue
+            self.waiting.popleft()
+            self._start(sequence, cached, needed)
+            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+            budget -= count
+        self.waiting.extendleft(reversed(passed_by))
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of a waiting sequence. Its last token is always computed: it predicts the next."""
+        if sequence.request.params.prompt_logprobs is not None:
+            return []  # every prompt token must be predicted, so every one must run
+        size = self._blocks.block_size
+        hash_blocks(sequence.mix, sequence.token_ids, size, sequence.block_hashes)
+        return self._blocks.match(sequence.block_hashes[: (sequence.num_tokens - 1) // size])
+
+    def _start(self, sequence: Sequence, cached: list[int], num_new_blocks: int) -> None:
+        self._blocks.hold(cached)
+        sequence.block_table = cached + self._blocks.take(num_new_blocks)
+        sequence.num_computed_tokens = len(cached) * self._blocks.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_prefix_query_tokens += sequence.num_prompt_tokens
+            self.num_prefix_hit_tokens += sequence.num_computed_tokens
+        sequence.state = SequenceState.RUNNING
+        self.running.append(sequence)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence the blocks for so many tokens, or nothing."""
+        missing = -(-num_tokens // self._blocks.block_size) - len(sequence.block_table)
+        if missing > self._blocks.num_free:
+            return False
+        sequence.block_table += self._blocks.take(max(missing, 0))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's memory; it comes back first in the queue and computes its tokens again."""
+        self._give_back(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        sequence.state = SequenceState.WAITING
+        sequence.waiting_since_seconds = self._clock()
+        self.waiting.appendleft(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.RUNNING:
+            self._give_back(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence.block_table)
+        self._slots.release(sequence.mix)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+
+    def check_integrity(self) -> None:
+        """Every held block is in the tables of running sequences, and the books below balance."""
+        self._blocks.check_integrity()
+        self._slots.check_integrity()
+        held = {block for sequence in self.running for block in sequence.block_table}
+        assert len(held) == self._blocks.num_held

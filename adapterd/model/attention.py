@@ -1,0 +1,372 @@
+"""Attention over paged keys and values, behind the function that transformers models call.
+
+`paged_attention_reference` says what is computed, one sequence at a time; `paged_attention` computes the same
+in few calls: sequences that add one token are gathered into groups of similar length, the others run one by one
+through torch's fused kernel. Both have one signature and one test.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from adapterd.errors import BaseRefused
+from adapterd.model.kv import KVPool, KVShape
+
+ATTENTION_NAME = "adapterd_paged"
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences that add one token each and have about the same context.
+
+    rows: int64 [num_rows], their places among the batch's tokens; slots: int64 [num_rows, max_context], padded
+    with slot 0; context_lens: int64 [num_rows].
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """One sequence that adds several tokens: rows [start, end) of the batch, its context's slots int64 [context]."""
+
+    start: int
+    end: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where this step's tokens write and read; made once a step, used by every layer.
+
+    slot_mapping: int64 [num_tokens]. Every row belongs to exactly one group or chunk. A sequence's context is
+    all its computed tokens and those of this step; its rows are the last of them.
+    """
+
+    slot_mapping: torch.Tensor
+    groups: tuple[DecodeGroup, ...]
+    chunks: tuple[ChunkSpan, ...]
+
+
+def plan_attention(
+    slots_by_sequence: Seq[torch.Tensor], num_new_tokens: Seq[int], device: torch.device
+) -> AttentionPlan:
+    """Sort a packed batch into groups and chunks.
+
+    slots_by_sequence: for each sequence int64 [context] on the CPU, new tokens included; num_new_tokens: how
+    many of its last context tokens are computed in this step.
+    """
+    starts = [0]
+    for count in num_new_tokens:
+        starts.append(starts[-1] + count)
+    mapping = torch.cat(
+        [slots[len(slots) - n :] for slots, n in zip(slots_by_sequence, num_new_tokens, strict=True)]
+    )
+    chunks: list[ChunkSpan] = []
+    buckets: dict[int, list[int]] = {}
+    for index, (slots, (start, end)) in enumerate(zip(slots_by_sequence, pairwise(starts), strict=True)):
+        if end - start == 1:
+            # Lengths within a factor of two share a group: at most half of a gather is padding.
+            buckets.setdefault(len(slots).bit_length(), []).append(index)
+        else:
+            chunks.append(ChunkSpan(start, end, slots.to(device)))
+    groups = []
+    for members in buckets.values():
+        padded = torch.nn.utils.rnn.pad_sequence([slots_by_sequence[i] for i in members], batch_first=True)
+        groups.append(
+            DecodeGroup(
+                rows=torch.tensor([starts[i] for i in members], device=device),
+                slots=padded.to(device),
+                context_lens=torch.tensor([len(slots_by_sequence[i]) for i in members], device=device),
+            )
+        )
+    return AttentionPlan(mapping.to(device), tuple(groups), tuple(chunks))
+
+
+def paged_attention_reference(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[t] = softmax(softcap(scale * q[t] . K[:p+1])) V[:p+1] over token t's own sequence, p its position.
+
+    query: [num_tokens, num_heads, key_dim]; keys, values: one layer of the pool. With a sliding window only the
+    last `sliding_window` positions count. softcap: c * tanh(score / c). sinks [num_heads]: a learned score that
+    joins the softmax and whose weight is dropped (gpt-oss). Softmax in float32. Returns [num_tokens, num_heads,
+    value_dim] in query's dtype.
+    """
+    out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+    for group in plan.groups:
+        for row, slots, length in zip(
+            group.rows.tolist(), group.slots, group.context_lens.tolist(), strict=True
+        ):
+            out[row : row + 1] = _attend_one(
+                query[row : row + 1], keys, values, slots[:length], scale, sliding_window, softcap, sinks
+            )
+    for chunk in plan.chunks:
+        out[chunk.start : chunk.end] = _attend_one(
+            query[chunk.start : chunk.end], keys, values, chunk.slots, scale, sliding_window, softcap, sinks
+        )
+    return out
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same as `paged_attention_reference`, in few calls."""
+    out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+    for group in plan.groups:
+        out[group.rows] = _attend_group(query, keys, values, group, scale, sliding_window, softcap, sinks)
+    for chunk in plan.chunks:
+        rows = query[chunk.start : chunk.end]
+        if softcap is None and sinks is None:
+            out[chunk.start : chunk.end] = _attend_fused(
+                rows, keys, values, chunk.slots, scale, sliding_window
+            )
+        else:
+            out[chunk.start : chunk.end] = _attend_one(
+                rows, keys, values, chunk.slots, scale, sliding_window, softcap, sinks
+            )
+    return out
+
+
+def _visible(num_rows: int, context: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [num_rows, context]: which positions each of the last `num_rows` tokens may look at."""
+    row_position = torch.arange(context - num_rows, context, device=device)[:, None]
+    position = torch.arange(context, device=device)[None, :]
+    visible = position <= row_position
+    if sliding_window is not None:
+        visible &= position > row_position - sliding_window
+    return visible
+
+
+def _attend_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    num_rows, num_heads, _ = query.shape
+    groups = num_heads // keys.shape[1]
+    key = keys[slots].repeat_interleave(groups, dim=1)
+    value = values[slots].repeat_interleave(groups, dim=1)
+    scores = torch.einsum("thd,shd->hts", query, key).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = _visible(num_rows, len(slots), sliding_window, query.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(num_heads, num_rows, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : len(slots)].to(query.dtype)
+    return torch.einsum("hts,shd->thd", weights, value)
+
+
+def _attend_fused(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    num_rows, context = query.shape[0], len(slots)
+    whole = num_rows == context and (sliding_window is None or sliding_window >= context)
+    mask = None if whole else _visible(num_rows, context, sliding_window, query.device)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys[slots].transpose(0, 1)[None],
+        values[slots].transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=whole,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _attend_group(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: DecodeGroup,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    num_rows, context = group.slots.shape
+    num_kv_heads = keys.shape[1]
+    # Query heads that share a key head become rows of one product: no key is repeated in memory.
+    grouped = query[group.rows].view(num_rows, num_kv_heads, -1, query.shape[-1])
+    key = keys[group.slots].permute(0, 2, 3, 1)
+    value = values[group.slots].permute(0, 2, 1, 3)
+    scores = torch.matmul(grouped, key).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(context, device=query.device)[None, :]
+    hidden = position >= group.context_lens[:, None]
+    if sliding_window is not None:
+        hidden |= position < group.context_lens[:, None] - sliding_window
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().view(1, num_kv_heads, -1, 1).expand(num_rows, -1, -1, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., :context].to(query.dtype)
+    return torch.matmul(weights, value).reshape(num_rows, query.shape[1], -1)
+
+
+class AttentionContext(Protocol):
+    """What travels to every attention layer as the forward keyword `paged`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """query, key, value: [num_tokens, num_heads, dim] -> [num_tokens, num_heads, value_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """One step of the runner: writes the new keys and values, then attends."""
+
+    pool: KVPool
+    plan: AttentionPlan
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self.pool.write(layer, self.plan.slot_mapping, key, value)
+        return paged_attention(
+            query,
+            self.pool.keys[layer],
+            self.pool.values[layer],
+            self.plan,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+class ShapeRecorder:
+    """Asks a model what each layer stores for a token, by one forward of one token: no guess from its config."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if layer in self.shapes:
+            raise BaseRefused(f"the base calls attention twice in layer {layer}; it cannot be served")
+        self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+# Keywords that transformers models pass along and that change nothing here: positions are in the rotary
+# embedding already, and causality, packing and caching are the plan's.
+_HARMLESS = frozenset(
+    {
+        "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+        "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal",
+        "num_items_in_batch", "output_router_logits",
+    }
+)  # fmt: skip
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: AttentionContext | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query [1, num_heads, num_tokens, dim] -> [1, num_tokens, num_heads, dim].
+
+    Raises BaseRefused when the family hands over something that this function would have to ignore.
+    """
+    family = type(module).__name__
+    if paged is None:
+        raise BaseRefused(f"{family} does not pass forward keywords on to its attention; it cannot be served")
+    ignored = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if attention_mask is not None:
+        ignored.append("attention_mask")
+    if ignored:
+        raise BaseRefused(f"{family} asks attention for {', '.join(sorted(ignored))}, which is not supported")
+    out = paged.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def register_attention() -> None:
+    """Make the name known to transformers. A name without a mask function gets no mask built; see model/probe.py."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)

@@ -1,0 +1,200 @@
+"""Load and freeze the base model, attach the seams, refuse by name what cannot be served exactly."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapterd.core import BaseSpec
+from adapterd.errors import BaseRefused
+from adapterd.model.attention import ATTENTION_NAME, ShapeRecorder, register_attention
+from adapterd.model.kv import KVShape
+from adapterd.model.lora import LoraStep, wrap_linears
+from adapterd.model.probe import probe_family
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_BASE = "mini"
+_EMBEDDED_DIRECTORY = Path(__file__).resolve().parent.parent / "mini"
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+_FLOAT32_BELOW_PARAMETERS = 100_000_000
+"""On a CPU a model this small gains nothing from 16 bits, and float32 is exact."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model with its seams, and what was learnt of it while loading."""
+
+    model: torch.nn.Module
+    spec: BaseSpec
+    directory: Path
+    device: torch.device
+    dtype: torch.dtype
+    kv_shapes: Mapping[int, KVShape]
+    lora_step: LoraStep
+
+
+def load_base(
+    name_or_dir: str,
+    *,
+    served_name: str | None = None,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    max_model_len: int | None = None,
+) -> Base:
+    """Load `mini` (the embedded base), a local directory or a Hugging Face Hub id.
+
+    Raises BaseRefused when the files are missing or the family cannot be served exactly.
+    """
+    register_attention()
+    directory = find_base(name_or_dir)
+    config = _read_config(directory, name_or_dir)
+    context = _exact_context(config, max_model_len)
+    where = _choose_device(device)
+    probe_family(config, max_position=context - 1)
+    model = _load_weights(directory, name_or_dir, dtype, where)
+    model.requires_grad_(False).eval()
+
+    step = LoraStep()
+    head = model.get_output_embeddings()
+    targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
+    recorder = ShapeRecorder()
+    with torch.inference_mode():
+        one = torch.zeros(1, 1, dtype=torch.long, device=where)
+        model(input_ids=one, position_ids=one, use_cache=False, paged=recorder)
+    spec = BaseSpec(
+        name=served_name or _default_name(name_or_dir),
+        root=name_or_dir,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=int(config.get_text_config().vocab_size),
+        max_model_len=context,
+        lora_targets=targets,
+        eos_token_ids=_eos_token_ids(model),
+    )
+    logger.info(
+        "base %s: %s, %s on %s, %.1f M parameters, context %d",
+        spec.name,
+        spec.architecture,
+        spec.dtype,
+        where,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        context,
+    )
+    return Base(model, spec, directory, where, model.dtype, recorder.shapes, step)
+
+
+def find_base(name_or_dir: str) -> Path:
+    """The directory of a base: the embedded one, a local one, or a hub snapshot, downloaded if need be."""
+    if name_or_dir == EMBEDDED_BASE:
+        return _EMBEDDED_DIRECTORY
+    local = Path(name_or_dir).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
+        raise BaseRefused(
+            f"base '{name_or_dir}': no such directory; give '{EMBEDDED_BASE}', a directory with config.json, "
+            "or a Hugging Face Hub id such as Qwen/Qwen3-0.6B"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name_or_dir, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseRefused(
+            f"base '{name_or_dir}' could not be fetched from the Hugging Face Hub ({type(error).__name__}); "
+            "check the id and the network, or give a local directory"
+        ) from error
+
+
+def _default_name(name_or_dir: str) -> str:
+    return name_or_dir if not Path(name_or_dir).expanduser().is_dir() else Path(name_or_dir).resolve().name
+
+
+def _read_config(directory: Path, name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseRefused(f"base '{name}': config.json cannot be used: {error}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseRefused(
+            f"base '{name}' is an encoder-decoder ({config.model_type}); only decoders are served"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise BaseRefused(f"base '{name}' is a quantised checkpoint; give the 16-bit or 32-bit one")
+    return config
+
+
+def _load_weights(directory: Path, name: str, dtype: DtypeName, device: torch.device) -> Any:
+    if not list(directory.glob("*.safetensors")):
+        raise BaseRefused(f"base '{name}': no *.safetensors in its directory; other formats are not read")
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=wanted,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise BaseRefused(f"base '{name}' cannot be loaded: {error}") from error
+    if dtype == "auto" and device.type == "cpu" and model.num_parameters() < _FLOAT32_BELOW_PARAMETERS:
+        model = model.float()
+    return model.to(device)
+
+
+def _choose_device(device: DeviceName) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BaseRefused("--device cuda, but this torch sees no CUDA device; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _exact_context(config: Any, max_model_len: int | None) -> int:
+    """The longest context that is exact, or the shorter one asked for.
+
+    RoPE variants that change their frequencies with the longest position of the forward (longrope, dynamic)
+    would do so for every sequence packed into it; below their switch they are plain, so that is their limit.
+    """
+    text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", 0) or 0)
+    if limit <= 0:
+        raise BaseRefused(f"base of type {config.model_type} does not say max_position_embeddings")
+    rope = getattr(text, "rope_parameters", None) or {}
+    reason = ""
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            switch = parameters.get("original_max_position_embeddings") or limit
+            if int(switch) < limit:
+                limit = int(switch)
+                reason = (
+                    f" ({parameters['rope_type']} RoPE switches its frequencies there, for a whole batch)"
+                )
+    if max_model_len is None:
+        if reason:
+            logger.warning("context limited to %d tokens%s", limit, reason)
+        return limit
+    if max_model_len > limit:
+        raise BaseRefused(f"--max-model-len {max_model_len} exceeds the base's {limit} tokens{reason}")
+    return max_model_len
+
+
+def _eos_token_ids(model: Any) -> frozenset[int]:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

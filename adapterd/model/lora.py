@@ -1,0 +1,215 @@
+"""Adapters on the device: the memory they live in, the linears they change, and the reference product.
+
+The bank is a budget in bytes, not a number of padded slots: a rank-8 adapter on q and v costs rank 8 on q and v.
+One buffer is cut into pages of one size. A matrix pair of rank r is r rank rows, row i being A[i] with B[:, i];
+since x A'B' is a sum over rank rows, a pair may lie in several extents of consecutive pages, so any free page
+is usable by any adapter and the buffer never fragments. Which adapter is resident is booked by engine/slots.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adapterd.adapter import Adapter
+from adapterd.core import AdapterDigest, AdapterId, AdapterMix
+
+_ALIGN_ELEMENTS = 64
+_TYPICAL_RANKS = (8, 16, 32)
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b_t: torch.Tensor, scale: float) -> None:
+    """y += scale * (x @ a.T) @ b_t, in place.
+
+    x: [num_tokens, d_in]; a: [rank, d_in]; b_t: [rank, d_out]; y: [num_tokens, d_out].
+    """
+    y.addmm_(x @ a.T, b_t, alpha=scale)
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """How rank rows lie in pages: `rows_per_page[module]` rows of d_in + d_out elements fit in one page."""
+
+    page_elements: int
+    rows_per_page: Mapping[str, int]
+
+    @classmethod
+    def choose(cls, targets: Mapping[str, tuple[int, int]]) -> "PageGeometry":
+        """The page size, of a few multiples of the longest row, that wastes least at usual ranks."""
+        rows = {module: d_in + d_out for module, (d_out, d_in) in targets.items()}
+        longest = max(rows.values(), default=_ALIGN_ELEMENTS)
+        longest = -(-longest // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+
+        def cost(page: int) -> int:
+            return sum(-(-rank // (page // row)) * page for rank in _TYPICAL_RANKS for row in rows.values())
+
+        step = max(longest // 4 // _ALIGN_ELEMENTS, 1) * _ALIGN_ELEMENTS
+        page = min(range(longest, 4 * longest + 1, step), key=lambda size: (cost(size), size))
+        return cls(page, {module: page // row for module, row in rows.items()})
+
+    def num_pages(self, ranks: Iterable[tuple[str, int]]) -> int:
+        """Pages that (module, rank) pairs take, however the free pages happen to lie."""
+        return sum(-(-rank // self.rows_per_page[module]) for module, rank in ranks)
+
+
+@dataclass(frozen=True)
+class LoraProduct:
+    """One extent ready to multiply: a [rows, d_in], b_t [rows, d_out], views of the bank's buffer."""
+
+    a: torch.Tensor
+    b_t: torch.Tensor
+    scale: float
+
+
+Products = Mapping[str, tuple[LoraProduct, ...]]
+"""Module path -> what to add there."""
+
+
+class LoraBank:
+    """Device memory of adapters. `upload` and `evict` follow the decisions of engine/slots.py."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, tuple[int, int]],
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.geometry = PageGeometry.choose(targets)
+        self.page_bytes = self.geometry.page_elements * dtype.itemsize
+        self.num_pages = max(budget_bytes // self.page_bytes, 0)
+        self._buffer = torch.empty(self.num_pages * self.geometry.page_elements, dtype=dtype, device=device)
+        self._free = list(range(self.num_pages))
+        self._pages: dict[AdapterDigest, list[int]] = {}
+        self._products: dict[AdapterDigest, Products] = {}
+        self._mixes: dict[AdapterMix, Products] = {}
+
+    def pages_of(self, adapter: Adapter) -> int:
+        return self.geometry.num_pages((m.module, m.a.shape[0]) for m in adapter.modules)
+
+    def upload(self, adapter: Adapter) -> None:
+        """Copy an adapter's matrices into free pages. slots.py has made sure that they suffice."""
+        digest = adapter.id.digest
+        num_pages = self.pages_of(adapter)
+        assert digest not in self._pages
+        assert num_pages <= len(self._free)
+        pages, self._free = self._free[:num_pages], self._free[num_pages:]
+        self._pages[digest] = pages
+        products: dict[str, tuple[LoraProduct, ...]] = {}
+        taken = 0
+        for matrices in adapter.modules:
+            count = self.geometry.num_pages([(matrices.module, matrices.a.shape[0])])
+            runs = _consecutive_runs(pages[taken : taken + count])
+            taken += count
+            products[matrices.module] = self._fill(matrices.a, matrices.b, matrices.scale, runs)
+        self._products[digest] = products
+
+    def evict(self, adapter_id: AdapterId) -> None:
+        """Give an adapter's pages back. Its views must not be used after."""
+        self._products.pop(adapter_id.digest)
+        self._free = sorted(self._free + self._pages.pop(adapter_id.digest))
+        self._mixes.clear()
+
+    def products(self, mix: AdapterMix) -> Products:
+        """What a mix adds, module by module; each factor multiplies its adapter's own scale."""
+        found = self._mixes.get(mix)
+        if found is None:
+            merged: dict[str, list[LoraProduct]] = {}
+            for adapter_id, factor in mix:
+                for module, parts in self._products[adapter_id.digest].items():
+                    scaled = [LoraProduct(part.a, part.b_t, part.scale * factor) for part in parts]
+                    merged.setdefault(module, []).extend(scaled)
+            found = self._mixes[mix] = {module: tuple(parts) for module, parts in merged.items()}
+        return found
+
+    def _fill(
+        self, a: torch.Tensor, b: torch.Tensor, scale: float, runs: list[tuple[int, int]]
+    ) -> tuple[LoraProduct, ...]:
+        rank, d_in = a.shape
+        d_out = b.shape[0]
+        page = self.geometry.page_elements
+        parts: list[LoraProduct] = []
+        row = 0
+        for first, count in runs:
+            rows = min(count * page // (d_in + d_out), rank - row)
+            if rows == 0:
+                break
+            start = first * page
+            a_part = self._buffer[start : start + rows * d_in].view(rows, d_in)
+            start += rows * d_in
+            b_part = self._buffer[start : start + rows * d_out].view(rows, d_out)
+            a_part.copy_(a[row : row + rows])
+            b_part.copy_(b[:, row : row + rows].T)
+            parts.append(LoraProduct(a_part, b_part, scale))
+            row += rows
+        assert row == rank
+        return tuple(parts)
+
+    def check_integrity(self) -> None:
+        """Books balance: every page is free or belongs to exactly one adapter."""
+        held = [page for pages in self._pages.values() for page in pages]
+        assert sorted(held + self._free) == list(range(self.num_pages))
+
+
+def _consecutive_runs(pages: list[int]) -> list[tuple[int, int]]:
+    """[3, 4, 5, 9] -> [(3, 3), (9, 1)]: first page and length of each run."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][0] + runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((page, 1))
+    return runs
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of a batch run one mix. Tokens of the base belong to no segment."""
+
+    start: int
+    end: int
+    products: Products
+
+
+class LoraStep:
+    """What the wrapped linears of one model share: the segments of the step that is running."""
+
+    def __init__(self) -> None:
+        self.segments: tuple[Segment, ...] = ()
+        self.num_tokens = 0
+
+
+class LoraLinear(nn.Module):
+    """A linear-like module with the running step's adapters added to its output. The module itself is untouched."""
+
+    def __init__(self, inner: nn.Module, path: str, step: LoraStep) -> None:
+        super().__init__()
+        self.inner = inner
+        self._path = path
+        self._step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        if self._step.segments:
+            rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            if rows.shape[0] != self._step.num_tokens:
+                raise RuntimeError(f"{self._path} saw {rows.shape[0]} of {self._step.num_tokens} tokens")
+            for segment in self._step.segments:
+                span = slice(segment.start, segment.end)
+                for product in segment.products.get(self._path, ()):
+                    add_lora(flat[span], rows[span], product.a, product.b_t, product.scale)
+        return y
+
+
+def wrap_linears(
+    model: nn.Module, step: LoraStep, is_target: Callable[[str], bool]
+) -> dict[str, tuple[int, int]]:
+    """Wrap in place every nn.Linear whose path is a target; returns path -> (d_out, d_in)."""
+    targets: dict[str, tuple[int, int]] = {}
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and is_target(path)]
+    for path, linear in found:
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, LoraLinear(linear, path, step))
+        targets[path] = (linear.out_features, linear.in_features)
+    return targets

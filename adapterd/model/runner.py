@@ -1,0 +1,195 @@
+"""Runs a decided batch on the device: adapter memory, one packed forward, logits of the rows that need them.
+
+It decides nothing: which sequences, blocks and adapters are in the batch was settled by the engine.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from adapterd.adapter import Adapter
+from adapterd.core import AdapterId, Batch, SampledToken, Sequence
+from adapterd.model.attention import PagedContext, plan_attention
+from adapterd.model.base import Base
+from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
+from adapterd.model.lora import LoraBank, Segment
+from adapterd.model.sampler import SamplerRow, logprobs_of, sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Rows of the batch whose logits are needed for one scheduled sequence.
+
+    prompt_rows predict the prompt's own tokens (only if asked for); last_row predicts the next token.
+    """
+
+    prompt_rows: range
+    last_row: int | None
+
+
+class Runner:
+    """The base, its KV pool and its adapter memory, driven one batch at a time from one thread."""
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        num_kv_blocks: int,
+        adapter_bytes: int,
+        weights: Callable[[AdapterId], Adapter],
+    ) -> None:
+        self._base = base
+        self._weights = weights
+        self.kv = KVPool(base.kv_shapes, num_kv_blocks, base.dtype, base.device)
+        self.bank = LoraBank(base.spec.lora_targets, adapter_bytes, base.dtype, base.device)
+
+    def adapter_pages(self, adapter_id: AdapterId) -> int:
+        """Pages of adapter memory that a leased version takes."""
+        return self.bank.pages_of(self._weights(adapter_id))
+
+    def run(self, batch: Batch) -> list[SampledToken]:
+        """One result for each scheduled sequence, in order."""
+        for adapter_id in batch.evictions:
+            self.bank.evict(adapter_id)
+        for adapter_id in batch.uploads:
+            self.bank.upload(self._weights(adapter_id))
+            logger.info("adapter %s (%s) uploaded", adapter_id.name, adapter_id.digest[:12])
+        if not batch.scheduled:
+            return []
+        wanted = _wanted_rows(batch)
+        with torch.inference_mode():
+            logits = self._forward(batch, wanted)
+            return self._sample(batch, wanted, logits)
+
+    def _forward(self, batch: Batch, wanted: list[_Wanted]) -> torch.Tensor:
+        """Logits [num_wanted_rows, vocab_size], rows in the order of `wanted`."""
+        device = self._base.device
+        ids: list[int] = []
+        positions: list[int] = []
+        for item in batch.scheduled:
+            ids.extend(item.sequence.token_ids[item.start : item.end])
+            positions.extend(range(item.start, item.end))
+        keep = [row for rows in wanted for row in _rows(rows)]
+        step = self._base.lora_step
+        step.segments, step.num_tokens = self._segments(batch), len(ids)
+        plan = plan_attention(
+            [_slots(item.sequence, item.end) for item in batch.scheduled],
+            [item.num_tokens for item in batch.scheduled],
+            device,
+        )
+        output = self._base.model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            # A batch of unfinished chunks needs no logits, but the model must be given some row.
+            logits_to_keep=torch.tensor(keep or [0], device=device),
+            paged=PagedContext(self.kv, plan),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits[: len(keep)]
+
+    def _segments(self, batch: Batch) -> tuple[Segment, ...]:
+        """Neighbours with one mix share a segment; sequences come sorted by mix."""
+        segments: list[Segment] = []
+        previous = None
+        row = 0
+        for item in batch.scheduled:
+            mix, end = item.sequence.mix, row + item.num_tokens
+            if mix and mix == previous:
+                segments[-1] = Segment(segments[-1].start, end, segments[-1].products)
+            elif mix:
+                segments.append(Segment(row, end, self.bank.products(mix)))
+            previous, row = mix, end
+        return tuple(segments)
+
+    def _sample(self, batch: Batch, wanted: list[_Wanted], logits: torch.Tensor) -> list[SampledToken]:
+        """`logits` rows follow `wanted`: for each sequence its prompt rows, then its last row."""
+        prompt_rows: list[slice] = []
+        last_rows: list[int] = []
+        row = 0
+        for rows in wanted:
+            prompt_rows.append(slice(row, row + len(rows.prompt_rows)))
+            row += len(rows.prompt_rows)
+            if rows.last_row is not None:
+                last_rows.append(row)
+                row += 1
+        sampling = [
+            item.sequence
+            for item, rows in zip(batch.scheduled, wanted, strict=True)
+            if rows.last_row is not None
+        ]
+        tokens = iter(
+            sample(logits[torch.tensor(last_rows, device=logits.device)], [_sampler_row(s) for s in sampling])
+            if sampling
+            else []
+        )
+        results = []
+        for item, rows, span in zip(batch.scheduled, wanted, prompt_rows, strict=True):
+            token = next(tokens) if rows.last_row is not None else SampledToken(None)
+            num_top = item.sequence.request.params.prompt_logprobs
+            if num_top is not None and rows.prompt_rows:
+                targets = item.sequence.token_ids[item.start + 1 : item.start + 1 + len(rows.prompt_rows)]
+                found = logprobs_of(logits[span], targets, num_top)
+                token = SampledToken(token.token_id, token.logprobs, found, token.error)
+            results.append(token)
+        return results
+
+
+def _wanted_rows(batch: Batch) -> list[_Wanted]:
+    wanted = []
+    row = 0
+    for item in batch.scheduled:
+        prompt_rows = range(0)
+        if item.sequence.request.params.prompt_logprobs is not None:
+            # Row of position p predicts token p + 1, which must still be one of the prompt's.
+            last = min(item.end, item.sequence.num_prompt_tokens - 1)
+            prompt_rows = range(row, row + max(last - item.start, 0))
+        wanted.append(_Wanted(prompt_rows, row + item.num_tokens - 1 if item.samples else None))
+        row += item.num_tokens
+    return wanted
+
+
+def _rows(rows: _Wanted) -> list[int]:
+    return [*rows.prompt_rows, *([] if rows.last_row is None else [rows.last_row])]
+
+
+def _slots(sequence: Sequence, end: int) -> torch.Tensor:
+    """int64 [end]: the pool slot of each of a sequence's first `end` tokens."""
+    num_blocks = -(-end // KV_BLOCK_SIZE)
+    blocks = torch.tensor(sequence.block_table[:num_blocks])
+    return (blocks[:, None] * KV_BLOCK_SIZE + torch.arange(KV_BLOCK_SIZE)).flatten()[:end]
+
+
+def _sampler_row(sequence: Sequence) -> SamplerRow:
+    params = sequence.request.params
+    suppressed: frozenset[int] = frozenset()
+    if sequence.num_output_tokens < params.min_tokens:
+        suppressed = sequence.request.eos_token_ids.union(params.stop_token_ids)
+    return SamplerRow(params, sequence.seed, sequence.token_ids, sequence.num_prompt_tokens, suppressed)
+
+
+def size_kv_pool(base: Base, kv_bytes: int | None, max_num_seqs: int) -> int:
+    """Number of KV blocks: what `kv_bytes` holds, or by default what all running sequences could fill,
+    within a share of the memory that is free now.
+    """
+    block_bytes = kv_block_bytes(base.kv_shapes, base.dtype)
+    if kv_bytes is None:
+        wanted = -(-base.spec.max_model_len // KV_BLOCK_SIZE) * max_num_seqs * block_bytes
+        share = 0.8 if base.device.type == "cuda" else 0.25
+        kv_bytes = min(wanted, int(free_bytes(base.device) * share))
+    return max(kv_bytes // block_bytes, 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo does not say MemAvailable")
