@@ -1,140 +1,29 @@
-"""Support tickets and talk about them, for pre-training: topic, urgency, mood, copied facts, summaries, replies.
+"""Support tickets and talk about them: topic, urgency, mood, copied facts, summaries, replies.
 
-Answers are prose or single words, never the three lines or the house tone of the `support` adapter: the base learns
-what a ticket says, the adapter how to put it. Labels follow `support_words`: the category by the thing asked; High for
-money taken wrongly, a standstill, a danger, or a deadline today or tomorrow; Low for a question or praise; else Medium.
+Answers are prose or single words, never the three lines or the house tone of the `support` adapter: the base
+learns what a ticket says, the adapter how to put it.
 """
 
 import random
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from pretraining.corpus.support_frames import (
-    CALM,
-    DANGERS,
-    DEADLINES,
-    FRAMES,
-    GREETING,
-    MOODS,
-    ORDER_NOTES,
-    SIGN_OFFS,
-    STANDSTILLS,
-)
+from pretraining.corpus.support_frames import FRAMES, MOODS
+from pretraining.corpus.support_tickets import Ticket, tidy, ticket
 from pretraining.corpus.support_words import (
     CATEGORIES,
-    DEADLINE,
     KINDS,
     KINDS_OF,
     PRAISE,
     PRIORITIES,
-    SAFETY,
     SENTIMENTS,
-    UNUSABLE,
     Category,
-    Kind,
     Priority,
     Sentiment,
     fill,
     matter,
-    product_of,
 )
 
 Message = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """One customer's message and what is true of it. None marks a fact the message does not give."""
-
-    text: str
-    kind: Kind
-    priority: Priority
-    reason: str
-    sentiment: Sentiment
-    order: str | None
-    product: str | None
-    amount: str | None
-    name: str | None
-    matter: str
-    """The matter in plain words with the order or product: "the late parcel for order 48213"."""
-
-
-def _tidy(text: str) -> str:
-    return re.sub(r" (?=[.?!,])", "", " ".join(text.split()))
-
-
-def _typed(rng: random.Random, text: str) -> str:
-    """The text as hurried people type it: now and then without capitals or without the last full stop."""
-    roll = rng.random()
-    if roll < 0.08:
-        # Order numbers keep their capitals, so that a copied number stays the number that was typed.
-        return re.sub(r"\b[A-Z][a-z]*\b(?![-\d])", lambda word: word.group().lower(), text)
-    if roll < 0.14:
-        return text.rstrip(".")
-    return text
-
-
-def _urgency(rng: random.Random, kind: Kind) -> tuple[str, str] | None:
-    """A clause that raises the matter to High, with its reason; None when the ticket has none."""
-    if kind.reason == PRAISE or rng.random() > 0.22:
-        return None
-    roll = rng.random()
-    if kind.category == "Technical" and kind.priority != "Low":
-        if roll < 0.4:
-            return rng.choice(STANDSTILLS), UNUSABLE
-        if roll < 0.55:
-            return rng.choice(DANGERS), SAFETY
-    if kind.category == "Account" and kind.priority != "Low" and roll < 0.35:
-        return rng.choice(STANDSTILLS), UNUSABLE
-    return rng.choice(DEADLINES), DEADLINE
-
-
-def ticket(rng: random.Random, with_order: bool = False) -> Ticket:
-    """Draw a ticket, categories equally often; `with_order` makes it give an order number."""
-    category = rng.choice(CATEGORIES)
-    kind_name = rng.choice(KINDS_OF[category])
-    kind = KINDS[kind_name]
-    slots: dict[str, str] = {}
-    core = fill(rng, rng.choice(FRAMES[kind_name]), slots)
-    if with_order or (category in ("Billing", "Shipping", "Refund") and rng.random() < 0.35):
-        core += " " + fill(rng, rng.choice(ORDER_NOTES), slots) if "order" not in slots else ""
-    sentiment: Sentiment = "Happy" if kind.reason == PRAISE else rng.choice(SENTIMENTS)
-    mood = fill(rng, rng.choice(MOODS[sentiment]), slots)
-    priority, reason = kind.priority, kind.reason
-    clauses = [core]
-    urgency = _urgency(rng, kind)
-    if urgency is not None:
-        clause, reason = urgency[0], urgency[1] if kind.priority != "High" else kind.reason
-        priority = "High"
-        clauses.insert(rng.randrange(2), fill(rng, clause, slots))
-    elif kind.reason != PRAISE and rng.random() < 0.15:
-        clauses.append(fill(rng, rng.choice(CALM), slots))
-    clauses.insert(rng.randrange(len(clauses) + 1), mood)
-    if rng.random() < 0.2:
-        clauses.insert(0, fill(rng, GREETING, slots) + rng.choice((",", ".", "!")))
-    name: str | None = None
-    # A frame that speaks of another person leaves no doubt who wrote: it stays unsigned.
-    if "name" not in slots and rng.random() < 0.25:
-        clauses.append(fill(rng, rng.choice(SIGN_OFFS), slots))
-        name = slots["name"]
-    text = _tidy(" ".join(clauses))
-    typed = _typed(rng, text)
-    if typed != text and typed == typed.lower() and name is not None:
-        name = name.lower()
-    return Ticket(
-        text=typed,
-        kind=kind,
-        priority=priority,
-        reason=reason,
-        sentiment=sentiment,
-        order=slots.get("order"),
-        product=product_of(slots),
-        amount=slots.get("amount"),
-        name=name,
-        matter=matter(kind, slots),
-    )
-
 
 _TOPIC: Mapping[Category, str] = {
     "Billing": "billing",
@@ -225,82 +114,33 @@ QUESTIONS: Mapping[str, tuple[tuple[str, ...], Callable[[Ticket], str]]] = {
 }
 # Labels and copied facts come most often: they are what the adapter builds on.
 _ASKED = (
-    "topic",
-    "topic",
-    "topic",
-    "topic_word",
-    "topic_word",
-    "team",
-    "urgency",
-    "urgency",
-    "urgency_word",
-    "urgency_word",
-    "wait",
-    "reason",
-    "mood",
-    "mood",
-    "mood_word",
-    "mood_word",
-    "order",
-    "order",
-    "product",
-    "product",
-    "amount",
-    "name",
-    "matter",
-    "matter",
-    "matter",
-    "summary",
-    "summary",
-    "step",
-)
+    "topic", "topic", "topic", "topic_word", "topic_word", "team", "urgency", "urgency", "urgency_word",
+    "urgency_word", "wait", "reason", "mood", "mood", "mood_word", "mood_word", "order", "order", "product",
+    "product", "amount", "name", "matter", "matter", "matter", "summary", "summary", "step",
+)  # fmt: skip
 
 _SYSTEM = (
-    "You are a support assistant.",
-    "You help a support team.",
-    "You read messages from customers.",
-    "Answer in short, plain sentences.",
-    "You work for a web shop.",
-)
+    "You are a support assistant.", "You help a support team.", "You read messages from customers.",
+    "Answer in short, plain sentences.", "You work for a web shop.",
+)  # fmt: skip
 _INTRODUCTIONS = (
-    "",
-    "",
-    "",
-    "A customer wrote: ",
-    "Ticket: ",
-    "New message: ",
-    "Here is a ticket: ",
-    "Message from a customer: ",
-    "This came in: ",
-    "Please look at this ticket: ",
-    "Sort this ticket: ",
+    "", "", "", "A customer wrote: ", "Ticket: ", "New message: ", "Here is a ticket: ",
+    "Message from a customer: ", "This came in: ", "Please look at this ticket: ", "Sort this ticket: ",
     "A new ticket to triage: ",
-)
+)  # fmt: skip
 _REPLY_REQUESTS = (
-    "Write back to the customer.",
-    "Answer this customer.",
-    "Draft a polite answer.",
-    "What would you write back?",
-    "Write a kind answer to this message.",
-    "Please answer the customer.",
+    "Write back to the customer.", "Answer this customer.", "Draft a polite answer.",
+    "What would you write back?", "Write a kind answer to this message.", "Please answer the customer.",
     "Help me to answer this.",
-)
+)  # fmt: skip
 
 _FORMAT_WORDS = (
-    *CATEGORIES,
-    *PRIORITIES,
-    *SENTIMENTS,
-    "Category",
-    "Priority",
-    "Sentiment",
-    "Thanks",
-    "help",
-    "out",
-)
+    *CATEGORIES, *PRIORITIES, *SENTIMENTS, "Category", "Priority", "Sentiment", "Thanks", "help", "out",
+)  # fmt: skip
 
 
 def acknowledge(rng: random.Random, t: Ticket) -> str:
-    """The base's answer to a ticket without a question: short polite prose that names the topic or the matter."""
+    """The base's answer to a ticket without a question: polite prose that names the topic or the matter."""
     closing = rng.choice(("How can I help?", "What would you like to know?", "What shall I do with it?"))
     topic = _TOPIC[t.kind.category]
     opening = rng.choice(
@@ -356,9 +196,9 @@ def _with_ticket(rng: random.Random, t: Ticket, request: str) -> str:
 
 
 def _word_talk(rng: random.Random) -> list[Message]:
-    """The words the adapter's answers are made of, alone or one below the other, and what kinds of matter belong where.
+    """The words the adapter's answers are made of, alone or in two lines; who looks after which matter.
 
-    An adapter can hardly make the base say a word that it never had to say: the output embedding is not adapted.
+    An adapter can hardly make the base say a word it never had to say: the output embedding stays frozen.
     """
     roll = rng.random()
     first, second = rng.sample(_FORMAT_WORDS, 2)
@@ -384,11 +224,11 @@ def _clause_talk(rng: random.Random) -> list[Message]:
     """One sentence alone and what it tells: the shortest road from a wording to a label."""
     if rng.random() < 0.5:
         mood = rng.choice(("Angry", "Worried", "Happy"))
-        sentence = _tidy(fill(rng, rng.choice(MOODS[mood]), {}))
+        sentence = tidy(fill(rng, rng.choice(MOODS[mood]), {}))
         return _turn(f"How does this sound? {sentence}", f"{mood}.")
     kind_name = rng.choice(KINDS_OF[rng.choice(CATEGORIES)])
     slots: dict[str, str] = {}
-    sentence = _tidy(fill(rng, rng.choice(FRAMES[kind_name]), slots))
+    sentence = tidy(fill(rng, rng.choice(FRAMES[kind_name]), slots))
     return _turn(f"What is the matter here? {sentence}", f"It is about {matter(KINDS[kind_name], slots)}.")
 
 
@@ -421,7 +261,7 @@ def conversation(rng: random.Random) -> list[Message]:
 
 
 def _probe(name: str) -> Callable[[random.Random], tuple[list[Message], str]]:
-    """Fresh tickets with the question `name`; a product or an order number is asked for where one is given."""
+    """Fresh tickets with the question `name`; products and order numbers are asked for where one is given."""
     wordings, answer = QUESTIONS[name]
 
     def probe(rng: random.Random) -> tuple[list[Message], str]:

@@ -1,7 +1,7 @@
 """The sentences of the support corpus: frames for each kind of matter, and the clauses that colour a ticket.
 
-Only data. The shipped adapter's rows and its held-out rows have sentences of their own; these are for pre-training.
-Core sentences are neutral in mood (praise apart) and set no deadline; mood and urgency come from the clauses below.
+Only data. The shipped adapter's rows and its held-out rows have sentences of their own. Core sentences are
+neutral in mood (praise apart) and set no deadline; mood and urgency come from the clauses below.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """The vocabulary of the support domain: labels, kinds of matter, slot words, and the filling of frames.
 
-Shared by the pre-training corpus (`support.py`) and by the rows of the shipped adapter (`adapters/support/rows.py`),
-so that both speak with the same words and judge by the same rules. No sentence lives here: the two write their own.
+Shared by the pre-training corpus (`support.py`) and by the rows of the shipped adapter
+(`adapters/support/rows.py`), so that both speak with the same words and judge by the same rules. No sentence
+lives here: the two write their own.
 """
 
 import random
@@ -24,8 +25,8 @@ SENTIMENTS: tuple[Sentiment, ...] = ("Angry", "Worried", "Neutral", "Happy")
 class Kind:
     """One kind of matter a customer writes about.
 
-    `priority` is what the matter weighs by itself; a deadline, a standstill or a danger in the ticket raises it to
-    High. `reason` says why. `gist` names it after "the"; `step` follows "we will"; `link` joins a product to the gist.
+    `priority` is what the matter weighs by itself; a deadline, a standstill or a danger in the ticket makes it
+    High. `reason` says why. `gist` names it after "the"; `step` follows "we will"; `link` joins a product to it.
     """
 
     category: Category
@@ -129,265 +130,62 @@ KINDS_OF: Mapping[Category, tuple[str, ...]] = {
 }
 
 QUALITIES = (
-    "black",
-    "blue",
-    "green",
-    "red",
-    "white",
-    "grey",
-    "yellow",
-    "brown",
-    "silver",
-    "golden",
-    "small",
-    "large",
-    "wooden",
-    "steel",
-    "glass",
-    "folding",
-    "travel",
-    "garden",
-    "kitchen",
-    "winter",
-    "leather",
-    "cotton",
-)
+    "black", "blue", "green", "red", "white", "grey", "yellow", "brown", "silver", "golden", "small", "large",
+    "wooden", "steel", "glass", "folding", "travel", "garden", "kitchen", "winter", "leather", "cotton",
+)  # fmt: skip
 GOODS = (
-    "kettle",
-    "lamp",
-    "desk",
-    "chair",
-    "jacket",
-    "backpack",
-    "blanket",
-    "pillow",
-    "mirror",
-    "clock",
-    "table",
-    "shelf",
-    "bottle",
-    "mug",
-    "pan",
-    "knife set",
-    "rug",
-    "curtain",
-    "suitcase",
-    "bag",
-    "coat",
-    "sweater",
-    "scarf",
-    "hat",
-    "tent",
-    "bicycle",
-    "helmet",
-    "puzzle",
-    "notebook",
-    "pen set",
-    "vase",
-    "bench",
-    "ladder",
-    "basket",
-    "umbrella",
-    "wallet",
-    "belt",
-    "shirt",
-    "dress",
-    "teapot",
-    "cushion",
-    "drill",
-    "hammer",
-    "plant pot",
-    "candle",
-    "frame",
-    "mattress",
-    "sofa",
-    "stool",
-    "toy train",
-    "doll house",
-    "guitar",
-    "yoga mat",
-    "water filter",
-)
+    "kettle", "lamp", "desk", "chair", "jacket", "backpack", "blanket", "pillow", "mirror", "clock", "table",
+    "shelf", "bottle", "mug", "pan", "knife set", "rug", "curtain", "suitcase", "bag", "coat", "sweater",
+    "scarf", "hat", "tent", "bicycle", "helmet", "puzzle", "notebook", "pen set", "vase", "bench", "ladder",
+    "basket", "umbrella", "wallet", "belt", "shirt", "dress", "teapot", "cushion", "drill", "hammer",
+    "plant pot", "candle", "frame", "mattress", "sofa", "stool", "toy train", "doll house", "guitar",
+    "yoga mat", "water filter",
+)  # fmt: skip
 DEVICES = (
-    "tablet",
-    "printer",
-    "router",
-    "speaker",
-    "headset",
-    "camera",
-    "monitor",
-    "keyboard",
-    "laptop",
-    "phone",
-    "charger",
-    "blender",
-    "toaster",
-    "heater",
-    "fan",
-    "vacuum",
-    "coffee machine",
-    "washing machine",
-    "fridge",
-    "oven",
-    "scanner",
-    "smart watch",
-    "doorbell",
-    "thermostat",
-    "projector",
-    "microphone",
-    "radio",
-    "game console",
-    "air purifier",
-    "hair dryer",
-    "electric kettle",
-    "robot mower",
-)
+    "tablet", "printer", "router", "speaker", "headset", "camera", "monitor", "keyboard", "laptop", "phone",
+    "charger", "blender", "toaster", "heater", "fan", "vacuum", "coffee machine", "washing machine", "fridge",
+    "oven", "scanner", "smart watch", "doorbell", "thermostat", "projector", "microphone", "radio",
+    "game console", "air purifier", "hair dryer", "electric kettle", "robot mower",
+)  # fmt: skip
 NAMES = (
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Frank",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jack",
-    "Karen",
-    "Leo",
-    "Maria",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Rita",
-    "Sam",
-    "Tina",
-    "Victor",
-    "Wendy",
-    "Yusuf",
-    "Zoe",
-    "Amir",
-    "Bella",
-    "Carlos",
-    "Diana",
-    "Erik",
-    "Fatima",
-    "George",
-    "Hana",
-    "Ivan",
-    "Julia",
-    "Kofi",
-    "Lena",
-    "Mark",
-    "Nina",
-    "Oscar",
-    "Petra",
-    "Ravi",
-)
+    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack", "Karen", "Leo",
+    "Maria", "Noah", "Olga", "Paul", "Rita", "Sam", "Tina", "Victor", "Wendy", "Yusuf", "Zoe", "Amir",
+    "Bella", "Carlos", "Diana", "Erik", "Fatima", "George", "Hana", "Ivan", "Julia", "Kofi", "Lena", "Mark",
+    "Nina", "Oscar", "Petra", "Ravi",
+)  # fmt: skip
 CITIES = (
-    "Berlin",
-    "Lyon",
-    "Leeds",
-    "Porto",
-    "Graz",
-    "Turin",
-    "Ghent",
-    "Malmo",
-    "Cork",
-    "Basel",
-    "Split",
-    "Brno",
-)
+    "Berlin", "Lyon", "Leeds", "Porto", "Graz", "Turin", "Ghent", "Malmo", "Cork", "Basel", "Split", "Brno",
+)  # fmt: skip
 APPS = ("app", "web page", "website", "program", "mobile app", "desktop app", "dashboard", "web shop")
 FEATURES = (
-    "calendar",
-    "search",
-    "export",
-    "report",
-    "upload",
-    "chat",
-    "map",
-    "photo album",
-    "task list",
-    "print dialog",
-    "invoice page",
-    "file list",
-    "video call",
-    "address book",
-    "backup",
-    "login page",
-    "settings page",
-    "basket",
-)
+    "calendar", "search", "export", "report", "upload", "chat", "map", "photo album", "task list",
+    "print dialog", "invoice page", "file list", "video call", "address book", "backup", "login page",
+    "settings page", "basket",
+)  # fmt: skip
 PLANS = (
-    "basic plan",
-    "family plan",
-    "team plan",
-    "yearly plan",
-    "monthly plan",
-    "student plan",
-    "business plan",
-)
+    "basic plan", "family plan", "team plan", "yearly plan", "monthly plan", "student plan", "business plan",
+)  # fmt: skip
 CARDS = ("credit card", "debit card", "bank card", "bank account", "gift card", "company card")
 SPANS = (
-    "two days",
-    "three days",
-    "four days",
-    "five days",
-    "a week",
-    "ten days",
-    "two weeks",
-    "three weeks",
+    "two days", "three days", "four days", "five days", "a week", "ten days", "two weeks", "three weeks",
     "a month",
-)
+)  # fmt: skip
 PAST = (
-    "yesterday",
-    "last week",
-    "on Monday",
-    "on Tuesday",
-    "on Friday",
-    "last month",
-    "in March",
-    "in May",
+    "yesterday", "last week", "on Monday", "on Tuesday", "on Friday", "last month", "in March", "in May",
     "in June",
-)
+)  # fmt: skip
 SOON = (
-    "today",
-    "tomorrow",
-    "tonight",
-    "this evening",
-    "this afternoon",
-    "later today",
-    "at noon today",
-    "tomorrow morning",
-    "tomorrow evening",
-    "tomorrow at noon",
-    "in one hour",
-    "in two hours",
-)
+    "today", "tomorrow", "tonight", "this evening", "this afternoon", "later today", "at noon today",
+    "tomorrow morning", "tomorrow evening", "tomorrow at noon", "in one hour", "in two hours",
+)  # fmt: skip
 LATER = (
-    "next week",
-    "next month",
-    "in the spring",
-    "in the autumn",
-    "in two weeks",
-    "next year",
+    "next week", "next month", "in the spring", "in the autumn", "in two weeks", "next year",
     "after the holidays",
-)
+)  # fmt: skip
 PARTS = (
-    "lid",
-    "cable",
-    "handle",
-    "screw",
-    "battery",
-    "manual",
-    "cover",
-    "plug",
-    "strap",
-    "wheel",
-    "remote",
+    "lid", "cable", "handle", "screw", "battery", "manual", "cover", "plug", "strap", "wheel", "remote",
     "key",
-)
+)  # fmt: skip
 
 
 def order_number(rng: random.Random) -> str:
@@ -446,10 +244,10 @@ def _alternatives(text: str) -> tuple[str, ...]:
 
 
 def fill(rng: random.Random, frame: str, slots: dict[str, str]) -> str:
-    """Write one sentence from a frame: `[a|b]` is one of its wordings (which may hold slots), `{slot}` a slot's value.
+    """Write one sentence from a frame: `[a|b]` is one of its wordings (with slots or not), `{slot}` a value.
 
-    A slot keeps its value through a ticket: `slots` holds those already drawn and is added to in place, so that an
-    answer can copy what the ticket said. Raises KeyError for a slot that does not exist.
+    A slot keeps its value through a ticket: `slots` holds those already drawn and is added to in place, so
+    that an answer can copy what the ticket said. Raises KeyError for a slot that does not exist.
     """
 
     def hole(match: re.Match[str]) -> str:
