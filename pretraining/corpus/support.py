@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Mapping
 
 from pretraining.corpus.support_frames import FRAMES, MOODS
-from pretraining.corpus.support_tickets import Ticket, tidy, ticket
+from pretraining.corpus.support_tickets import Ticket, ticket, tidy
 from pretraining.corpus.support_words import (
     CATEGORIES,
     KINDS,
@@ -157,8 +157,8 @@ def letter(rng: random.Random, t: Ticket) -> str:
     """The base's own way to write back: a small letter, with the matter and the next step."""
     if t.kind.reason == PRAISE:
         feeling = f"we are glad about {t.matter}"
-    elif t.priority == "Low":
-        feeling = f"we are happy to answer about {t.matter}"
+    elif t.kind.priority == "Low":
+        feeling = f"we are happy to help with {t.matter}"
     else:
         feeling = f"we are sorry about {t.matter}"
     body = rng.choice(

@@ -25,8 +25,8 @@ SENTIMENTS: tuple[Sentiment, ...] = ("Angry", "Worried", "Neutral", "Happy")
 class Kind:
     """One kind of matter a customer writes about.
 
-    `priority` is what the matter weighs by itself; a deadline, a standstill or a danger in the ticket makes it
-    High. `reason` says why. `gist` names it after "the"; `step` follows "we will"; `link` joins a product to it.
+    `priority` is what the matter weighs by itself; a deadline, a standstill or a danger makes any ticket High.
+    `reason` says why. `gist` names it after "the"; `step` follows "we will"; `link` joins a product to it.
     """
 
     category: Category
