@@ -9,13 +9,14 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jinja2
 from transformers import AutoTokenizer
 
 from adapterd.errors import BaseRefused, InvalidRequest
-from adapterd.token_table import TokenTable, build_token_table, tokenizer_fingerprint
+from adapterd.token_table import TokenizerIdentity, TokenTable, build_token_table, tokenizer_fingerprint
 
 _T = TypeVar("_T")
 
@@ -30,7 +31,7 @@ class Renderer:
     stop_token_id: what ends an assistant's turn; training appends it and serving stops on it.
     eos_token_ids: every id the base ends on; holds `stop_token_id`.
     strips_leading_space: `decode` drops one space at the start of a text that `token_bytes` keep.
-    tokenizer_fingerprints: of the tokenizer.json on disk and of the tokenizer made from it.
+    identity: what an adapter's own tokenizer files are compared with.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Renderer:
         fingerprints = {tokenizer_fingerprint(parsed)}
         if file_fingerprint is not None:
             fingerprints.add(file_fingerprint)
-        self.tokenizer_fingerprints: frozenset[str] = frozenset(fingerprints)
+        self.identity = TokenizerIdentity(
+            frozenset(fingerprints), MappingProxyType(self._backend.get_vocab(True))
+        )
         self.stop_token_id: int = self._find_stop_token(eos_token_ids)
         self.eos_token_ids: frozenset[int] = eos_token_ids | {self.stop_token_id}
 

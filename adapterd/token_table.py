@@ -24,6 +24,14 @@ class TokenTable:
     strips_leading_space: bool
 
 
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """The base's tokenizer, to compare an adapter's own with: fingerprints, and token -> id."""
+
+    fingerprints: frozenset[str]
+    token_ids: Mapping[str, int]
+
+
 def build_token_table(tokenizer: Mapping[str, Any]) -> TokenTable:
     """The table of a parsed tokenizer.json; BaseRefused if its decoder does not work token by token.
 

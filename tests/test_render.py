@@ -152,9 +152,9 @@ def test_fingerprint_ignores_layout_and_sees_content(tmp_path: Path) -> None:
     renderer = Renderer.load(saved(byte_level_tokenizer(), tmp_path))
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
-    assert Renderer.load(tmp_path).tokenizer_fingerprints == renderer.tokenizer_fingerprints
+    assert Renderer.load(tmp_path).identity.fingerprints == renderer.identity.fingerprints
     other = Renderer.load(saved(byte_level_tokenizer(vocab_size=390), tmp_path))
-    assert not other.tokenizer_fingerprints & renderer.tokenizer_fingerprints
+    assert not other.identity.fingerprints & renderer.identity.fingerprints
 
 
 def test_threads_render_the_same_ids(renderer: Renderer) -> None:

@@ -1,0 +1,359 @@
+"""adapter_config.json, read strictly: a key is honoured, harmless for a stated reason, or refused by name.
+
+Knows PEFT's LoraConfig of 0.18 to 0.21. Reads no tensors.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapterd.errors import AdapterRefused
+
+CONFIG_FILE = "adapter_config.json"
+
+_HONOURED = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "bias",
+        "init_lora_weights",
+        "base_model_name_or_path",
+    }
+)
+
+HARMLESS: Mapping[str, str] = {
+    "lora_dropout": "acts in training only",
+    "inference_mode": "freezes the weights, changes no output",
+    "fan_in_fan_out": "how the base stores its weight; A and B are applied alike either way",
+    "revision": "which revision of the base was trained on, for people",
+    "peft_version": "which PEFT wrote the file",
+    "auto_mapping": "the base's class, for a base that is no transformers model",
+    "runtime_config": "never read back by PEFT itself",
+    "loftq_config": "how the weights began; LoftQ itself is refused by init_lora_weights",
+    "eva_config": "how the weights began; its ranks are written into rank_pattern",
+    "corda_config": "how the weights began; CorDA itself is refused by init_lora_weights",
+    "lora_ga_config": "how the weights began; LoRA-GA itself is refused by init_lora_weights",
+    "megatron_core": "a module name that only megatron_config would use",
+    "qalora_group_size": "read only when use_qalora is set, which is refused",
+}
+
+_REFUSED: Mapping[str, str] = {
+    "modules_to_save": "fully trained copies of modules are not supported",
+    "use_dora": "DoRA's magnitude vectors are not supported; merge the adapter or train it without use_dora",
+    "trainable_token_indices": "trained token embeddings are not supported",
+    "lora_bias": "a bias on lora_B is not supported",
+    "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not supported",
+    "alora_invocation_tokens": "activated LoRA, which changes weights in mid-sequence, is not supported",
+    "layer_replication": "it builds another base out of repeated layers",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "arrow_config": "Arrow's routing between adapters is not supported",
+    "use_qalora": "QALoRA pools the inputs of A, which is not supported",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "velora_config": "VeLoRA is not supported",
+    "kasa_config": "KaSA truncates the base's own weights",
+    "monteclora_config": "Monte Carlo LoRA is not supported",
+    "ensure_weight_tying": "tied adapters on embeddings and head are not supported",
+    "enable_lora": "the merged projections of PEFT before 0.3 are not supported",
+    "merge_weights": "the merged projections of PEFT before 0.3 are not supported",
+}
+
+_EXACT_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
+_MAX_PATTERN_LENGTH = 4096
+_MAX_PATTERN_REPEATS = 6
+_REPEAT = re.compile(r"[*+]|\{\d*,\d*\}|\{\d+\}")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an adapter_config.json says of the weights beside it."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...] | None
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    base_model_name: str | None
+
+    def rank(self, module: str) -> int:
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA, by this module's own rank and alpha."""
+        rank = self.rank(module)
+        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would put an adapter on this linear (its `check_target_module_exists`)."""
+        if self._excludes(module):
+            return False
+        if self.target_modules is None:
+            return True
+        if isinstance(self.target_modules, str):
+            if self.target_modules == "all-linear":
+                return True
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        if not _ends_with_any(module, self.target_modules):
+            return False
+        if not self.layers_to_transform:
+            return True
+        layer = self._layer_of(module)
+        return layer is not None and layer in self.layers_to_transform
+
+    def _excludes(self, module: str) -> bool:
+        if not self.exclude_modules:
+            return False
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, module) is not None
+        return module in self.exclude_modules or _ends_with_any(module, self.exclude_modules)
+
+    def _layer_of(self, module: str) -> int | None:
+        if not self.layers_pattern:
+            match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)
+            return int(match["index"]) if match else None
+        for pattern in self.layers_pattern:
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
+            if match:
+                return int(match["index"])
+        return None
+
+
+def parse_peft_config(data: bytes, *, adapter: str) -> PeftConfig:
+    """Read adapter_config.json; AdapterRefused names the key, its value and what would be accepted."""
+    fields = parse_json_object(data, file=CONFIG_FILE, adapter=adapter)
+    reader = _Fields(fields, adapter)
+    reader.refuse_what_is_not_applied()
+    rank_pattern = reader.mapping("rank_pattern")
+    alpha_pattern = reader.mapping("alpha_pattern")
+    config = PeftConfig(
+        r=reader.rank("r", fields.get("r", 8)),
+        lora_alpha=reader.number("lora_alpha", fields.get("lora_alpha", 8)),
+        use_rslora=reader.boolean("use_rslora"),
+        rank_pattern={
+            key: reader.rank(f"rank_pattern[{key!r}]", value) for key, value in rank_pattern.items()
+        },
+        alpha_pattern={
+            key: reader.number(f"alpha_pattern[{key!r}]", value) for key, value in alpha_pattern.items()
+        },
+        target_modules=reader.names("target_modules"),
+        exclude_modules=reader.names("exclude_modules"),
+        layers_to_transform=reader.layers(),
+        layers_pattern=reader.patterns("layers_pattern"),
+        base_model_name=reader.text("base_model_name_or_path"),
+    )
+    for key in (*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern):
+        reader.check_pattern(key)
+    for names in (config.target_modules, config.exclude_modules):
+        if isinstance(names, str):
+            reader.check_pattern(names)
+    return config
+
+
+def parse_json_object(data: bytes, *, file: str, adapter: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN, or nesting deep enough to exhaust the stack."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in fields:
+                raise ValueError(f"the key {key!r} occurs twice")
+            fields[key] = value
+        return fields
+
+    def no_constant(name: str) -> float:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except RecursionError as error:
+        raise AdapterRefused(f"adapter {adapter!r}: {file} is nested too deeply") from error
+    except ValueError as error:  # also UnicodeDecodeError and json.JSONDecodeError
+        raise AdapterRefused(f"adapter {adapter!r}: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterRefused(f"adapter {adapter!r}: {file} is no JSON object")
+    return value
+
+
+class _Fields:
+    """Typed access to one config's keys; each error names the key and the value found."""
+
+    def __init__(self, fields: Mapping[str, Any], adapter: str) -> None:
+        self._fields = fields
+        self._adapter = adapter
+
+    def refuse_what_is_not_applied(self) -> None:
+        fields = self._fields
+        for key in fields:
+            if key in _REFUSED and fields[key] not in (None, False, [], {}):
+                raise self._refusal(key, _REFUSED[key])
+            if key not in _HONOURED and key not in HARMLESS and key not in _REFUSED:
+                near = difflib.get_close_matches(key, [*_HONOURED, *_REFUSED], n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise self._refusal(
+                    key,
+                    f"this key is unknown{hint}; it may come from a PEFT newer than 0.21 and change the"
+                    " output. Remove it if it is at its neutral value",
+                )
+        if fields.get("peft_type") != "LORA":
+            raise self._refusal("peft_type", "only LORA adapters are supported")
+        if fields.get("task_type") not in (None, "CAUSAL_LM"):
+            raise self._refusal("task_type", "only CAUSAL_LM is supported")
+        if fields.get("bias", "none") != "none":
+            raise self._refusal("bias", "trained biases of the base are not supported; only 'none' is")
+        self._check_init(fields.get("init_lora_weights", True))
+
+    def _check_init(self, init: object) -> None:
+        if isinstance(init, bool) or init in _EXACT_INITS:
+            return
+        if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+            raise self._refusal(
+                "init_lora_weights",
+                "it changed the base's own weights in training, so these matrices do not fit the plain base;"
+                " save the adapter again with PEFT's"
+                " save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            )
+        if init == "loftq":
+            raise self._refusal(
+                "init_lora_weights", "it belongs to a quantised base of its own, not to this one"
+            )
+        raise self._refusal("init_lora_weights", f"known are true, false, {', '.join(sorted(_EXACT_INITS))}")
+
+    def rank(self, key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._refusal(key, "a rank is a whole number of at least 1", value)
+        return value
+
+    def number(self, key: str, value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self._refusal(key, "it must be a number", value)
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise self._refusal(key, "the number is too large", "...") from error
+        if not math.isfinite(number):
+            raise self._refusal(key, "the number must be finite", value)
+        return number
+
+    def boolean(self, key: str) -> bool:
+        value = self._fields.get(key, False)
+        if not isinstance(value, bool):
+            raise self._refusal(key, "it must be true or false")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value = self._fields.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self._refusal(key, "it must be a string")
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self._fields.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self._refusal(key, "it must be an object of patterns and values")
+        return value
+
+    def names(self, key: str) -> str | tuple[str, ...] | None:
+        value = self._fields.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        return self._strings(key, value)
+
+    def patterns(self, key: str) -> tuple[str, ...]:
+        value = self._fields.get(key)
+        if not value:
+            return ()
+        return (value,) if isinstance(value, str) else self._strings(key, value)
+
+    def layers(self) -> tuple[int, ...] | None:
+        value = self._fields.get("layers_to_transform")
+        if value is None:
+            return None
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
+            raise self._refusal("layers_to_transform", "it must be a whole number or a list of them")
+        return tuple(values)
+
+    def _strings(self, key: str, value: object) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._refusal(key, "it must be a string or a list of strings")
+        return tuple(value)
+
+    def check_pattern(self, pattern: str) -> None:
+        """Patterns are regular expressions of strangers: one that ran for ever would stop the daemon."""
+        if len(pattern) > _MAX_PATTERN_LENGTH:
+            raise self._problem(f"a pattern has {len(pattern)} characters; {_MAX_PATTERN_LENGTH} are allowed")
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise self._problem(f"the pattern {pattern[:80]!r} is no regular expression: {error}") from error
+        if _could_run_for_ever(pattern):
+            raise self._problem(
+                f"the pattern {pattern[:80]!r} could take exponential time: write it without repeats of"
+                f" groups that repeat or choose, and with at most {_MAX_PATTERN_REPEATS} repeats"
+            )
+
+    def _refusal(self, key: str, reason: str, *value: object) -> AdapterRefused:
+        shown = value[0] if value else self._fields.get(key)
+        return self._problem(f"{key}={_short(shown)}: {reason}")
+
+    def _problem(self, reason: str) -> AdapterRefused:
+        return AdapterRefused(f"adapter {self._adapter!r}: {CONFIG_FILE}: {reason}")
+
+
+def _pattern_key(patterns: Mapping[str, object], module: str) -> str:
+    """PEFT's `get_pattern_key`: the first pattern that matches the module path or its end after a dot."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return pattern
+    return module
+
+
+def _ends_with_any(module: str, names: Sequence[str]) -> bool:
+    return any(module.endswith(f".{name}") for name in names)
+
+
+def _could_run_for_ever(pattern: str) -> bool:
+    """Whether a repeat stands around another or a choice, `(a+)+` or `(a|b)*`, or there are too many."""
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    open_groups = [False]  # for each open group: whether it repeats or chooses inside
+    num_repeats = 0
+    for position, character in enumerate(plain):
+        repeated = _REPEAT.match(plain, position + 1) is not None
+        num_repeats += repeated
+        if character == "(":
+            open_groups.append(False)
+            continue
+        branches = character == "|"
+        if character == ")" and len(open_groups) > 1:
+            branches = open_groups.pop()
+            if branches and repeated:
+                return True
+        open_groups[-1] |= branches or repeated
+    return num_repeats > _MAX_PATTERN_REPEATS
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
