@@ -155,7 +155,7 @@ COMPLAINTS: tuple[Complaint, ...] = (
         _words("red eye, sticky eye, gritty eyes, swollen eyelid, sore left eye, sore right eye"),
         _words("red left eye, sticky discharge, swollen lower lid, clear cornea"),
         _words("conjunctivitis, dry eyes, stye, eyelid inflammation, corneal scratch"),
-        _drugs("chloramphenicol: 5 mg | 10 mg, doxycycline: 100 mg, ibuprofen: 200 mg | 400 mg"),
+        _drugs("chloramphenicol: 1 drop | 2 drops, doxycycline: 100 mg, ibuprofen: 200 mg | 400 mg"),
     ),
     Complaint(
         _words(

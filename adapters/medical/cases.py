@@ -1,0 +1,144 @@
+"""Which finding, impression and drug may stand beside which complaint in the adapter's rows.
+
+The words are those of pretraining/corpus/medical_words.py, put together in cases.txt so that a note reads as
+one visit. For language practice only: nothing here says how anyone should be treated.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretraining.corpus.medical_words import COMPLAINTS, Facts
+
+# What a child's note may hold: common complaints, small doses.
+_CHILD_SYMPTOMS = ("sore throat", "left ear pain", "fever", "runny nose", "dry cough", "vomiting", "hives")
+_CHILD_DRUGS = ("paracetamol 250 mg", "paracetamol 120 mg", "ibuprofen 100 mg")
+# Complaints counted in hours and days, and complaints counted in weeks and months; others take any unit.
+_SHORT = (
+    "fever, chills, body aches, fever and headache, vomiting, loose stools, watery diarrhea, nausea, "
+    "toothache, swollen jaw, burn on the hand, cut on the finger, infected insect bite, red warm shin, "
+    "twisted ankle, hives, swollen ankle, back pain after lifting, red eye, sticky eye, sore left eye, "
+    "swollen eyelid, painful big toe, swollen toe, burning on passing urine, cloudy urine, flank pain, "
+    "runny nose, sore throat, scratchy throat, left ear pain, right ear pain, pain on swallowing, cough "
+    "with yellow sputum, wet cough, stiff neck"
+)
+_LONG = (
+    "weight loss, tiredness, numb feet, hair loss, constant thirst, low mood, poor sleep, early waking, "
+    "hip pain, constant worry, stiff knees in the morning, breathless on stairs, flaky scalp, dry skin, "
+    "ringing in the ear, numb fingers, frequent urination, bloating after meals, acid taste in the "
+    "mouth, heartburn, swollen ankles"
+)
+_HOT = ("fever", "chills", "body aches", "night sweats", "fever and headache", "cough with yellow sputum")
+_FREQUENCY_OF = {
+    "amoxicillin": "three times daily",
+    "penicillin": "every 6 hours",
+    "doxycycline": "once daily",
+    "trimethoprim": "twice daily",
+    "nitrofurantoin": "twice daily",
+    "flucloxacillin": "every 6 hours",
+    "clarithromycin": "twice daily",
+    "metronidazole": "three times daily",
+    "paracetamol": "as needed",
+    "ibuprofen": "with food",
+    "naproxen": "twice daily",
+    "celecoxib": "once daily",
+    "cetirizine": "daily",
+    "loratadine": "daily",
+    "fexofenadine": "once daily",
+    "omeprazole": "once daily",
+    "lansoprazole": "once daily",
+    "montelukast": "at night",
+    "sertraline": "once daily",
+    "citalopram": "once daily",
+    "melatonin": "at night",
+    "amitriptyline": "at night",
+    "metformin": "twice daily",
+    "ferrous sulfate": "once daily",
+    "furosemide": "daily",
+    "bisoprolol": "daily",
+    "loperamide": "as needed",
+    "senna": "at night",
+    "betahistine": "three times daily",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of cases.txt."""
+
+    symptom: str
+    exams: tuple[str, ...]
+    diagnoses: tuple[str, ...]
+    drugs: tuple[str, ...]  # names alone; the doses are in medical_words.py
+
+
+def load_cases(path: Path) -> tuple[Case, ...]:
+    """Read "symptom | a / b | a / b | a / b" lines; lines that begin with # are comments."""
+    cases = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            symptom, *cells = (cell.strip() for cell in line.split("|"))
+            exams, diagnoses, drugs = (tuple(part.strip() for part in cell.split("/")) for cell in cells)
+            cases.append(Case(symptom, exams, diagnoses, drugs))
+    return tuple(cases)
+
+
+def draw_facts(rng: random.Random, cases: tuple[Case, ...], child: bool) -> Facts:
+    """One visit with every slot filled; callers keep what their frame states."""
+    doses = {name: strengths for complaint in COMPLAINTS for name, strengths in complaint.drugs}
+    case = rng.choice([case for case in cases if not child or case.symptom in _CHILD_SYMPTOMS])
+    name = rng.choice(case.drugs)
+    drug = rng.choice(_CHILD_DRUGS) if child else f"{name} {rng.choice(doses[name])}"
+    if not child and name in _FREQUENCY_OF and rng.random() < 0.3:
+        drug = f"{drug} {_FREQUENCY_OF[name]}"
+    systolic = rng.randint(88, 116) if child else rng.randint(102, 172)
+    hot = case.symptom in _HOT or rng.random() < 0.15
+    temperatures = (377, 394) if hot else (361, 375)
+    return Facts(
+        age=str(rng.randint(3, 14) if child else rng.randint(18, 91)),
+        sex=rng.choice(("boy", "girl") if child else ("man", "woman")),
+        symptom=case.symptom,
+        duration=_draw_duration(rng, case.symptom),
+        bp=f"{systolic}/{round(systolic * rng.uniform(0.54, 0.68))}",
+        hr=str(rng.randint(78, 126) if child else rng.randint(54, 116)),
+        temp=f"{rng.randint(*temperatures) / 10}",
+        sat=f"{rng.randint(91, 99)}%",
+        exam=rng.choice(case.exams),
+        diagnosis=rng.choice(case.diagnoses),
+        drug=drug,
+        follow_up=_draw_follow_up(rng),
+    )
+
+
+def _draw_duration(rng: random.Random, symptom: str) -> str:
+    days = (
+        *[f"{rng.randint(2, 12)} days"] * 6,
+        f"{rng.randint(5, 30)} hours",
+        "two days",
+        "three days",
+        "a few days",
+    )
+    weeks = (
+        *[f"{rng.randint(2, 9)} weeks"] * 4,
+        *[f"{rng.randint(2, 11)} months"] * 2,
+        "two weeks",
+        "a month",
+    )
+    if symptom in _SHORT.split(", "):
+        return rng.choice(days)
+    return (
+        rng.choice(weeks)
+        if symptom in _LONG.split(", ")
+        else rng.choice(days + weeks + ("a week", "a fortnight"))
+    )
+
+
+def _draw_follow_up(rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < 0.45:
+        return f"{rng.randint(2, 14)} days"
+    if draw < 0.75:
+        return f"{rng.randint(2, 8)} weeks"
+    if draw < 0.85:
+        return f"{rng.randint(2, 6)} months"
+    return rng.choice(("a week", "two weeks", "one week", "a month", "48 hours", "a fortnight"))
