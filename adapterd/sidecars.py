@@ -123,11 +123,11 @@ def _check_tokenizer(
                 f"adapter {adapter!r}: tokenizer.json differs from the base's in vocabulary, merges or added"
                 " tokens; new tokens need a base that has them. Remove the file if the adapter does not rely on it"
             )
-    added: dict[object, object] = dict(parsed("added_tokens.json"))
+    added: list[tuple[object, object]] = list(parsed("added_tokens.json").items())
     for token_id, entry in (tokenizer_config.get("added_tokens_decoder") or {}).items():
         if isinstance(entry, dict) and str(token_id).isdecimal():
-            added[entry.get("content")] = int(token_id)
-    for token, token_id in added.items():
+            added.append((entry.get("content"), int(token_id)))
+    for token, token_id in added:
         known = tokenizer.token_ids.get(token) if isinstance(token, str) else None
         if known is None or known != token_id:
             raise AdapterRefused(

@@ -78,11 +78,10 @@ def open_regular(path: Path, *, adapter: str) -> Any:
         raise AdapterRefused(
             f"adapter {adapter!r}: {path.name} cannot be opened: {error.strerror}"
         ) from error
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise AdapterRefused(f"adapter {adapter!r}: {path.name} is no regular file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def _parse_header(data: bytes, *, data_size: int, path: Path, adapter: str) -> tuple[TensorEntry, ...]:

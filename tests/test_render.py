@@ -4,12 +4,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from adapterd.errors import BaseRefused, InvalidRequest
 from adapterd.render import Renderer
+from tests.tiny import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 
 CHAT = [{"role": "user", "content": "Where is order 12345?"}]
 
