@@ -4,8 +4,8 @@
     python -m pretraining.pretrain --tokens 8000000 --seed 1 ...
     python -m pretraining.pretrain --resume --work /var/tmp/mini ...
 
-Three phases. Induction: short rows of nothing but copying, until a copy probe passes (a gate; a cap keeps a failure
-from eating the budget, and is recorded). Mixture: the whole corpus at a constant rate. Decay: the same, the rate going
+Four phases. Words: bare words said again, then drills: copying under instructions, both in short rows and each until
+its copy probe passes (a gate; a cap keeps a failure from eating the budget, and is recorded). Mixture: the whole corpus at a constant rate. Decay: the same, the rate going
 linearly to zero. The seed and the token budget fix the data; with --minutes the clock decides where the decay begins.
 """
 
@@ -18,6 +18,7 @@ import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from pretraining import corpus, probes, rows
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import drills
+from pretraining.corpus.drills import Message
 from pretraining.muon import Muon
 
 logger = logging.getLogger("pretraining")
@@ -59,7 +61,8 @@ class Recipe:
     steps_per_block: int = 10  # rows are generated and packed a block at a time; checkpoints fall between blocks
     tokenizer_chats: int = 16000
     copy_gate: float = 0.95
-    probe_steps: int = 100
+    gate_steps: int = 100
+    probe_steps: int = 400
     log_steps: int = 20
 
 
@@ -67,7 +70,7 @@ class Recipe:
 class Progress:
     """What a checkpoint holds beside the tensors."""
 
-    phase: str = "induction"
+    phase: str = "words"
     step: int = 0
     block: int = 0
     tokens: int = 0
@@ -118,11 +121,15 @@ def build_optimizers(recipe: Recipe, model: Qwen3ForCausalLM) -> list[torch.opti
 
 def make_block(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, progress: Progress, seed: int) -> list[rows.Row]:
     """The rows of the next `steps_per_block` steps, in random order: a function of seed, phase and block number."""
-    induction = progress.phase == "induction"
-    source = drills.induction if induction else corpus.conversation
+    induction = progress.phase in ("words", "drills")
+    source: corpus.Source = corpus.conversation
+    if progress.phase == "words":
+        source = partial(drills.repeat_bare, words=tokenizers.whole_words(tokenizer))
+    elif progress.phase == "drills":
+        source = drills.induction
     length = recipe.induction_length if induction else recipe.row_length
     wanted = (recipe.induction_rows if induction else recipe.row_count) * recipe.steps_per_block
-    name = f"{seed}:{'induction' if induction else 'mixture'}:{progress.block}"
+    name = f"{seed}:{'mixture' if progress.phase == 'decay' else progress.phase}:{progress.block}"
     stream = corpus.stream(source, name)
     packed: list[rows.Row] = []
     encoded: list[rows.Encoded] = []
@@ -210,15 +217,37 @@ def note(progress: Progress, log: Path, **values: Any) -> None:
     log.write_text("".join(json.dumps(line) + "\n" for line in progress.record), encoding="utf-8")
 
 
-def run_probes(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, names: list[str], count: int, seed: int
+def check_gate(
+    recipe: Recipe, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, phase: str, seed: int
+) -> float:
+    """The share of exact copies in the phase's own task, on questions fresh for this seed."""
+    words = tokenizers.whole_words(tokenizer)
+
+    def bare(rng: random.Random) -> tuple[list[Message], str]:
+        question, answer = drills.repeat_bare(rng, words)
+        return [question], answer["content"]
+
+    probe = bare if phase == "words" else drills.probe_repeat
+    model.eval()
+    result = probes.measure(model, tokenizer, phase, probe, recipe.copy_gate, 40, seed)
+    model.train()
+    return result.score
+
+
+# Watched during the run, a few questions each; the full table is `python -m pretraining.probes`.
+WATCHED = (
+    "drills.copy", "drills.lookup", "support.topic", "support.mood", "moderation.moderation_rule",
+    "medical.blood_pressure", "medical.drug_and_dose",
+)  # fmt: skip
+
+
+def run_watched(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> dict[str, float]:
-    """Exact-answer scores of some probes on questions fresh for this seed."""
+    """Exact-answer scores of the watched probes on 20 questions each."""
     known = probes.all_probes()
     model.eval()
-    scores = {
-        name: probes.measure(model, tokenizer, name, *known[name], count, seed).score for name in names
-    }
+    scores = {name: probes.measure(model, tokenizer, name, *known[name], 20, seed).score for name in WATCHED}
     model.train()
     return {name: round(score, 3) for name, score in scores.items()}
 
@@ -228,7 +257,7 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
     torch.manual_seed(arguments.seed)
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint.pt"
+    checkpoint, log = work / "checkpoint.pt", work / "log.jsonl"
     progress = Progress()
     if arguments.resume:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
@@ -271,27 +300,24 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
             smooth = 0.95 if progress.loss else 0.0
             progress.loss = smooth * progress.loss + (1 - smooth) * answer_loss
             if progress.step % recipe.log_steps == 0:
-                note(progress, work / "log.jsonl", loss=round(progress.loss, 4))
+                note(progress, log, loss=round(progress.loss, 4))
         progress.block += 1
-        if progress.step % recipe.probe_steps < recipe.steps_per_block:
-            if progress.phase == "induction":
-                scores = run_probes(model, tokenizer, ["drills.copy"], 40, progress.step)
-                note(progress, work / "log.jsonl", probes=scores)
-                passed = scores["drills.copy"] >= recipe.copy_gate
-                if passed or done() > recipe.induction_cap:
-                    progress.phase = "mixture"
-                    note(progress, work / "log.jsonl", copy_gate="passed" if passed else "missed at the cap")
-            elif progress.step % (4 * recipe.probe_steps) < recipe.steps_per_block:
-                scores = run_probes(model, tokenizer, list(probes.all_probes()), 30, progress.step)
-                note(progress, work / "log.jsonl", probes=scores)
+        if progress.phase in ("words", "drills"):
+            if progress.step % recipe.gate_steps == 0:
+                score = check_gate(recipe, model, tokenizer, progress.phase, progress.step)
+                note(progress, log, gate=round(score, 3))
+                if score >= recipe.copy_gate or done() > recipe.induction_cap:
+                    progress.phase = "drills" if progress.phase == "words" else "mixture"
+        elif progress.step % recipe.probe_steps == 0:
+            note(progress, log, probes=run_watched(model, tokenizer, progress.step))
         if progress.phase == "mixture" and done() > 1 - recipe.decay_share:
             progress.phase = "decay"
-            note(progress, work / "log.jsonl", loss=round(progress.loss, 4))
+            note(progress, log, loss=round(progress.loss, 4))
         if progress.seconds - exported > 60 * arguments.checkpoint_minutes:
             exported = progress.seconds
             save_checkpoint(checkpoint, model, optimizers, progress)
             export(model, tokenizer, arguments.out)
-    note(progress, work / "log.jsonl", loss=round(progress.loss, 4), finished=True)
+    note(progress, log, loss=round(progress.loss, 4), finished=True)
     save_checkpoint(checkpoint, model, optimizers, progress)
     export(model, tokenizer, arguments.out)
     return progress
@@ -317,6 +343,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)  # AdamW's moments of rare tokens would otherwise slow the CPU down
     train(arguments, Recipe())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from pretraining.corpus import drills, medical, moderation, small_talk, support
+from pretraining.corpus import drills, medical, moderation, support
 from pretraining.corpus.drills import Message
 
 Probe = Callable[[random.Random], tuple[list[Message], str]]

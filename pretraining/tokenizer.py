@@ -73,3 +73,9 @@ def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
         "do_sample": False,
     }
     (directory / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+
+
+def whole_words(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The words of four letters or more that are one token after a space."""
+    tokens = (str(tokenizer.decode([index])) for index in range(len(tokenizer)))
+    return [token[1:] for token in tokens if token.startswith(" ") and token[1:].isalpha() and len(token) > 4]

@@ -8,16 +8,16 @@ import random
 from collections.abc import Callable, Iterator
 
 from pretraining.corpus import drills, medical, moderation, small_talk, support
+from pretraining.corpus.drills import Message
 
-Message = dict[str, str]
 Source = Callable[[random.Random], list[Message]]
 
 # Shares of the chats, not of the tokens.
 MIXTURE: dict[str, tuple[Source, float]] = {
-    "support": (support.conversation, 0.27),
-    "moderation": (moderation.conversation, 0.16),
-    "medical": (medical.conversation, 0.30),
-    "drills": (drills.drill, 0.20),
+    "support": (support.conversation, 0.26),
+    "moderation": (moderation.conversation, 0.18),
+    "medical": (medical.conversation, 0.28),
+    "drills": (drills.drill, 0.21),
     "small_talk": (small_talk.conversation, 0.07),
 }
 

@@ -6,6 +6,7 @@ format of a shipped adapter; the label words occur here as plain words only, so 
 """
 
 import random
+from collections.abc import Sequence
 
 from pretraining.corpus.words import CONSONANTS, KEYS, LABELS, NAMES, THINGS, VOWELS, WORDS
 
@@ -193,6 +194,20 @@ def is_there(rng: random.Random) -> list[Message]:
     inside = rng.random() < 0.5
     asked = rng.choice(items) if inside else syllable_word(rng) + "x"
     return chat(f"List: {', '.join(items)}. Is {asked} in the list?", "Yes." if inside else "No.")
+
+
+def repeat_bare(rng: random.Random, words: Sequence[str]) -> list[Message]:
+    """Three to fourteen of `words`, or syllables and digits, said again with no instruction around them.
+
+    The first lesson: nothing to read but the copying itself. It brought induction heads about within 200 steps, where
+    the drills with their instructions needed several times as many.
+    """
+    length = rng.randint(3, 14)
+    if rng.random() < 0.7:
+        text = " ".join(rng.choice(words) for _ in range(length))
+    else:
+        text = " ".join(str(rng.randint(0, 9)) if rng.random() < 0.5 else syllable_word(rng) for _ in range(length))
+    return chat(text, text)
 
 
 INDUCTION = ((repeat, 8), (key_value, 3), (list_lookup, 2), (repeat_sentence, 2))
