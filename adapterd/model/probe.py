@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME, PagedContext, ShapeRecorder, plan_attention
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
-from adapterd.model.lora import LoraProduct, LoraStep, Segment, wrap_linears
+from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment, wrap_linears
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def _largest_difference(eager: Any, paged: Any, max_position: int) -> float:
     return worst / torch.cat(list(expected.values())).std().item()
 
 
-def _seams(paged: Any) -> tuple[KVPool, LoraStep, dict[str, tuple[LoraProduct, ...]]]:
+def _seams(paged: Any) -> tuple[KVPool, LoraStep, Products]:
     recorder = ShapeRecorder()
     zero = torch.zeros(1, 1, dtype=torch.long)
     paged(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
@@ -135,7 +135,7 @@ def _seams(paged: Any) -> tuple[KVPool, LoraStep, dict[str, tuple[LoraProduct, .
     step = LoraStep()
     head = paged.get_output_embeddings()
     targets = wrap_linears(paged, step, lambda path: paged.get_submodule(path) is not head)
-    products = {
+    products: Products = {
         path: (LoraProduct(torch.randn(2, d_in) * d_in**-0.5, torch.randn(2, d_out) * 0.3, 1.0),)
         for path, (d_out, d_in) in targets.items()
     }
@@ -146,7 +146,7 @@ def _run_paged(
     model: Any,
     pool: KVPool,
     step: LoraStep,
-    products: dict[str, tuple[LoraProduct, ...]],
+    products: Products,
     tokens: list[torch.Tensor],
     pieces: list[_Piece],
     adapted: int,
@@ -183,7 +183,7 @@ def _run_eager(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _merge(model: Any, products: dict[str, tuple[LoraProduct, ...]]) -> None:
+def _merge(model: Any, products: Products) -> None:
     for path, parts in products.items():
         weight = model.get_submodule(path).weight
         for part in parts:

@@ -193,3 +193,11 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo does not say MemAvailable")
+
+
+def size_adapter_memory(base: Base, adapter_bytes: int | None) -> int:
+    """Bytes of adapter memory: as given, or by default a tenth of what is free, 1 GiB at most on a CPU."""
+    if adapter_bytes is not None:
+        return adapter_bytes
+    share = free_bytes(base.device) // 10
+    return share if base.device.type == "cuda" else min(share, 2**30)

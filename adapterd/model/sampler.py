@@ -105,7 +105,7 @@ def _adjust(raw: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
             line[seen] = torch.where(scores > 0, scores / factor, scores * factor)
         if (params.presence_penalty or params.frequency_penalty) and row.num_output_tokens:
             output = torch.tensor(row.token_ids[row.num_prompt_tokens :], device=raw.device)
-            tokens, counts = output.unique(return_counts=True)
+            tokens, counts = torch.unique(output, return_counts=True)
             line[tokens] -= params.presence_penalty + params.frequency_penalty * counts
         for token, bias in params.logit_bias:
             line[token] += bias

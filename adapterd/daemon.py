@@ -1,0 +1,73 @@
+"""Everything that serves, assembled in one process: what `serve`, `eval` and the tests stand on. No HTTP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from adapterd.core import BaseSpec, Request, RequestId
+from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
+from adapterd.engine.detokenizer import Vocabulary
+from adapterd.engine.engine import Engine
+from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.registry import AdapterRegistry
+from adapterd.render import Renderer
+from adapterd.token_table import TokenTable
+
+
+class DaemonSettings(EngineSizes, Protocol):
+    """What of the settings is needed to serve; `config.EngineSettings` is the real thing."""
+
+    @property
+    def base(self) -> str: ...
+    @property
+    def served_name(self) -> str | None: ...
+    @property
+    def adapters(self) -> Sequence[Path]: ...
+    @property
+    def dtype(self) -> DtypeName: ...
+    @property
+    def device(self) -> DeviceName: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+
+class Daemon:
+    """The parts, and the order in which they start and stop."""
+
+    def __init__(self, spec: BaseSpec, renderer: Renderer, registry: AdapterRegistry, engine: Engine) -> None:
+        self.spec = spec
+        self.renderer = renderer
+        self.registry = registry
+        self.engine = engine
+
+    @classmethod
+    def build(cls, settings: DaemonSettings) -> "Daemon":
+        """Load the base and start reading the adapters. Raises BaseRefused or ConfigError."""
+        base = load_base(
+            settings.base,
+            served_name=settings.served_name,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+        )
+        renderer = Renderer.load(base.directory)
+        vocabulary = Vocabulary(
+            TokenTable(renderer.token_bytes, renderer.strips_leading_space), renderer.special_token_ids
+        )
+        # The registry tells the engine which versions have gone, the engine asks the registry for weights:
+        # each is handed a late look-up of the other.
+        registry = AdapterRegistry(
+            base.spec,
+            settings.adapters,
+            on_drop=lambda adapter_id: engine.retire(adapter_id),
+            check=lambda adapter: check_fits(runner, adapter),
+            tokenizer_fingerprints=renderer.tokenizer_fingerprints,
+        )
+        runner, engine = build_engine(base, vocabulary, registry.weights, settings)
+        return cls(base.spec, renderer, registry, engine)
+
+    def generate(self, requests: Sequence[Request]) -> dict[tuple[RequestId, int], Finished]:
+        """Run requests to their end in this thread, by (request id, index). The engine must not be started."""
+        for request in requests:
+            self.engine.submit(request)
+        return collect(self.engine)
