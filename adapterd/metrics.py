@@ -1,0 +1,290 @@
+"""Every Prometheus series, declared in one list, and the clock of each request that feeds them.
+
+The `vllm:` names are those that the Kubernetes endpoint picker and the usual dashboards read; one series each,
+because the picker takes the first it finds. What vLLM lacks is called `adapterd_`. Nothing here touches the
+engine's thread: its counters are read from the copy it leaves after each step.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from adapterd.core import EngineStats, Output, Request
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_ADAPTER_LABELS = 100
+RENDER_SECONDS = 0.02
+"""Endpoint pickers scrape twenty times a second each; what they get may be this old."""
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+Outcome = Literal["finished", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """`value` reads one of the engine's; the others are fed by requests. `buckets` make a histogram."""
+
+    name: str
+    help: str
+    kind: Literal["gauge", "counter", "histogram"]
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    value: Callable[[EngineStats], float] | None = None
+
+
+def _held_fraction(stats: EngineStats) -> float:
+    return stats.kv_blocks_held / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+
+
+SERIES: tuple[Series, ...] = (
+    # read by the endpoint picker
+    Series(
+        "vllm:num_requests_waiting",
+        "Sequences waiting to run.",
+        "gauge",
+        value=lambda s: s.num_waiting,
+    ),
+    Series("vllm:num_requests_running", "Sequences running.", "gauge", value=lambda s: s.num_running),
+    Series(
+        "vllm:kv_cache_usage_perc", "Part of the KV memory in use, 0 to 1.", "gauge", value=_held_fraction
+    ),
+    # the engine
+    Series("adapterd_queue_requests", "Sequences waiting to run.", "gauge", value=lambda s: s.num_waiting),
+    Series("adapterd_kv_blocks", "KV blocks.", "gauge", value=lambda s: s.kv_blocks_total),
+    Series(
+        "adapterd_kv_blocks_held",
+        "KV blocks of running sequences.",
+        "gauge",
+        value=lambda s: s.kv_blocks_held,
+    ),
+    Series(
+        "adapterd_kv_blocks_cached",
+        "Free KV blocks that still hold a reusable prefix.",
+        "gauge",
+        value=lambda s: s.kv_blocks_cached,
+    ),
+    Series(
+        "adapterd_adapter_memory_bytes",
+        "Device memory for adapters.",
+        "gauge",
+        value=lambda s: s.adapter_bytes_total,
+    ),
+    Series(
+        "adapterd_adapter_resident_bytes",
+        "Device memory that adapters occupy.",
+        "gauge",
+        value=lambda s: s.adapter_bytes_resident,
+    ),
+    Series(
+        "adapterd_adapter_held_bytes",
+        "Device memory of adapters that running sequences use.",
+        "gauge",
+        value=lambda s: s.adapter_bytes_held,
+    ),
+    Series(
+        "adapterd_resident_adapters", "Adapters in device memory.", "gauge", value=lambda s: len(s.resident)
+    ),
+    Series("adapterd_steps_total", "Steps of the engine.", "counter", value=lambda s: s.num_steps),
+    Series(
+        "adapterd_computed_tokens_total",
+        "Tokens computed, prompts included.",
+        "counter",
+        value=lambda s: s.num_tokens_computed,
+    ),
+    Series(
+        "adapterd_preemptions_total",
+        "Sequences set back for want of KV memory.",
+        "counter",
+        value=lambda s: s.num_preemptions,
+    ),
+    Series(
+        "adapterd_prefix_query_tokens_total",
+        "Prompt tokens looked up in the prefix cache.",
+        "counter",
+        value=lambda s: s.num_prefix_query_tokens,
+    ),
+    Series(
+        "adapterd_prefix_hit_tokens_total",
+        "Prompt tokens found in the prefix cache.",
+        "counter",
+        value=lambda s: s.num_prefix_hit_tokens,
+    ),
+    Series(
+        "adapterd_adapter_uploads_total",
+        "Adapters moved to the device.",
+        "counter",
+        value=lambda s: s.num_uploads,
+    ),
+    Series(
+        "adapterd_adapter_evictions_total",
+        "Adapters that left the device.",
+        "counter",
+        value=lambda s: s.num_evictions,
+    ),
+    # requests, by adapter
+    Series("adapterd_requests_total", "Requests that ended.", "counter", labels=("adapter", "outcome")),
+    Series("adapterd_prompt_tokens_total", "Tokens of prompts.", "counter", labels=("adapter",)),
+    Series("adapterd_output_tokens_total", "Tokens of answers.", "counter", labels=("adapter",)),
+    Series(
+        "adapterd_time_to_first_token_seconds",
+        "From a request's arrival to its first token.",
+        "histogram",
+        labels=("adapter",),
+        buckets=_LATENCY,
+    ),
+    Series(
+        "adapterd_inter_token_seconds",
+        "Between two tokens of one sequence.",
+        "histogram",
+        labels=("adapter",),
+        buckets=_TOKEN,
+    ),
+    Series(
+        "adapterd_request_seconds",
+        "From a request's arrival to its end.",
+        "histogram",
+        labels=("adapter",),
+        buckets=_LATENCY,
+    ),
+    Series("adapterd_errors_total", "Error answers, by code.", "counter", labels=("code",)),
+)
+
+
+class Metrics:
+    """The series of one daemon, in a registry of their own."""
+
+    def __init__(self, base_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(base_name, stats))
+        own = {series.name: series for series in SERIES if series.value is None}
+        self._counters = {
+            name: Counter(name, series.help, series.labels, registry=self._registry)
+            for name, series in own.items()
+            if series.kind == "counter"
+        }
+        self._histograms = {
+            name: Histogram(name, series.help, series.labels, buckets=series.buckets, registry=self._registry)
+            for name, series in own.items()
+            if series.kind == "histogram"
+        }
+        self._labels: set[str] = set()
+        self._rendered = b""
+        self._rendered_at_seconds = -RENDER_SECONDS
+
+    def render(self) -> bytes:
+        """The text format, rendered anew at most every RENDER_SECONDS."""
+        now = time.monotonic()
+        if now - self._rendered_at_seconds >= RENDER_SECONDS:
+            self._rendered = generate_latest(self._registry)
+            self._rendered_at_seconds = now
+        return self._rendered
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        self._counters[name].labels(*labels).inc(by)
+
+    def time(self, name: str, label: str, seconds: float) -> None:
+        self._histograms[name].labels(label).observe(seconds)
+
+    def record(self, adapter_names: Sequence[str], requests: Sequence[Request]) -> "RequestRecord":
+        """Start the clock of one response. `adapter_names` are the registry's, none for the base."""
+        return RequestRecord(self, self.adapter_label(adapter_names), requests)
+
+    def adapter_label(self, adapter_names: Sequence[str]) -> str:
+        """Bounded: beyond MAX_ADAPTER_LABELS names, the label is "other"."""
+        label = "+".join(adapter_names) or "base"
+        if label not in self._labels:
+            if len(self._labels) >= MAX_ADAPTER_LABELS:
+                return "other"
+            self._labels.add(label)
+        return label
+
+
+class RequestRecord:
+    """What one response adds to the series; `close` it once, however it ended."""
+
+    def __init__(self, metrics: Metrics, label: str, requests: Sequence[Request]) -> None:
+        self._metrics = metrics
+        self._label = label
+        self._arrival_seconds = requests[0].arrival_seconds
+        self._num_unfinished = sum(request.num_sequences for request in requests)
+        self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self._last_token_seconds: dict[tuple[str, int], float] = {}
+        self._has_failed = False
+
+    def observe(self, output: Output) -> None:
+        now = time.monotonic()
+        key = (output.request_id, output.index)
+        if output.token_ids:
+            if key in self._last_token_seconds:
+                gap = (now - self._last_token_seconds[key]) / len(output.token_ids)
+                self._metrics.time("adapterd_inter_token_seconds", self._label, gap)
+            elif not self._last_token_seconds:
+                ttft = now - self._arrival_seconds
+                self._metrics.time("adapterd_time_to_first_token_seconds", self._label, ttft)
+            self._last_token_seconds[key] = now
+            self._metrics.count("adapterd_output_tokens_total", self._label, by=len(output.token_ids))
+        if output.finish_reason is not None:
+            self._num_unfinished -= 1
+            self._has_failed = self._has_failed or output.finish_reason in ("abort", "error")
+
+    def close(self) -> None:
+        outcome: Outcome = "finished"
+        if self._has_failed:
+            outcome = "failed"
+        elif self._num_unfinished:
+            outcome = "cancelled"
+        self._metrics.count("adapterd_requests_total", self._label, outcome)
+        self._metrics.count("adapterd_prompt_tokens_total", self._label, by=self._num_prompt_tokens)
+        duration = time.monotonic() - self._arrival_seconds
+        self._metrics.time("adapterd_request_seconds", self._label, duration)
+
+
+class _EngineCollector(Collector):
+    """The engine's series, made from its last counters at each scrape."""
+
+    def __init__(self, base_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._base_name = base_name
+        self._stats = stats
+        self._resident: tuple[str, ...] = ()
+        self._changed_unix = time.time()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for series in SERIES:
+            if series.value is not None:
+                family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
+                metric = family(series.name, series.help, labels=("model_name",))
+                metric.add_metric((self._base_name,), series.value(stats))
+                yield metric
+        yield self._cache_config(stats)
+        yield self._lora_requests_info(stats)
+
+    def _cache_config(self, stats: EngineStats) -> Metric:
+        labels = ("block_size", "num_gpu_blocks")
+        info = GaugeMetricFamily("vllm:cache_config_info", "Size of the KV memory.", labels=labels)
+        info.add_metric((str(stats.kv_block_size), str(stats.kv_blocks_total)), 1)
+        return info
+
+    def _lora_requests_info(self, stats: EngineStats) -> Metric:
+        """What is resident, under both spellings of a `model`; the value is when that last changed.
+
+        `max_lora` is an estimate, since adapter memory is bytes and not slots: as many as would fit if all
+        were as large as the resident ones, counted twice as the names are.
+        """
+        names = sorted({adapter.name for adapter in stats.resident})
+        resident = tuple(spelling for name in names for spelling in (f"{self._base_name}:{name}", name))
+        if resident != self._resident:
+            self._resident, self._changed_unix = resident, time.time()
+        mean_bytes = stats.adapter_bytes_resident / len(names) if names else 0
+        slots = int(stats.adapter_bytes_total / mean_bytes) if mean_bytes else 1
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in device memory.", labels=labels)
+        info.add_metric((str(2 * max(1, slots)), ",".join(resident), ""), self._changed_unix)
+        return info

@@ -1,0 +1,90 @@
+"""The application: every route, every layer around them, in the order in which they stand."""
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapterd.server.adapters import RuntimeAdapters
+from adapterd.server.auth import ApiKeys
+from adapterd.server.envelope import EXCEPTION_HANDLERS
+from adapterd.server.generate import CHAT, COMPLETIONS, Generate
+from adapterd.server.health import Health
+from adapterd.server.models import Models
+from adapterd.server.openapi import openapi
+from adapterd.server.state import ServerState
+
+
+def create_app(
+    state: ServerState, *, allow_runtime_adapters: bool = False, key_hashes: Iterable[bytes] = ()
+) -> Starlette:
+    """The app starts the engine and the registry with its lifespan. Without `key_hashes` everyone may ask."""
+    keys = tuple(key_hashes)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with state.running():
+            yield
+
+    app = Starlette(
+        routes=routes(state, allow_runtime_adapters=allow_runtime_adapters),
+        middleware=[
+            Middleware(RequestIds),
+            *([Middleware(ApiKeys, key_hashes=keys)] if keys else []),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=lifespan,
+    )
+    app.state.metrics = state.metrics
+    return app
+
+
+def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
+    health, models, adapters = Health(state), Models(state), RuntimeAdapters(state)
+    served: list[BaseRoute] = [
+        Route("/v1/chat/completions", Generate(state, CHAT), methods=["POST"]),
+        Route("/v1/completions", Generate(state, COMPLETIONS), methods=["POST"]),
+        Route("/v1/models", models.list),
+        Route("/v1/models/{model:path}", models.one),
+        Route("/health", health.readyz),
+        Route("/livez", health.livez),
+        Route("/readyz", health.readyz),
+        Route("/metrics", health.metrics),
+        Route("/version", health.version),
+        Route("/openapi.json", openapi),
+    ]
+    if allow_runtime_adapters:
+        served += [
+            Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+        ]
+    return served
+
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestIds:
+    """Middleware that gives every answer an `x-request-id`: the client's own if it is a plain word."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

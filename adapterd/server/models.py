@@ -1,0 +1,54 @@
+"""GET /v1/models: the base first, then every adapter that is ready."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from adapterd.core import BASE_ADAPTER
+from adapterd.server.responses import ModelCard, ModelList
+from adapterd.server.seams import AdapterEntry
+from adapterd.server.state import ServerState
+
+
+class Models:
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def list(self, request: Request) -> Response:
+        entries = self._state.daemon.registry.list()
+        cards = [self._adapter_card(entry) for entry in entries if entry.id is not None]
+        models: ModelList = {"object": "list", "data": [self._base_card(), *cards]}
+        return JSONResponse(models)
+
+    async def one(self, request: Request) -> Response:
+        """Any spelling that a request's `model` may have. Raises ModelNotFound."""
+        registry = self._state.daemon.registry
+        resolved = registry.resolve(request.path_params["model"])
+        card = self._base_card()
+        if resolved.mix:
+            entry = next((e for e in registry.list() if e.name == resolved.adapter_names[0]), None)
+            if entry is not None and len(resolved.mix) == 1:
+                card = self._adapter_card(entry)
+            card |= {"id": resolved.model, "parent": self._state.spec.name, "digest": resolved.digest}
+        return JSONResponse(card)
+
+    def _base_card(self) -> ModelCard:
+        spec = self._state.spec
+        return {
+            "id": spec.name,
+            "object": "model",
+            "created": self._state.created_unix,
+            "owned_by": "adapterd",
+            "root": spec.root,
+            "parent": None,
+            "max_model_len": spec.max_model_len,
+            "digest": BASE_ADAPTER.digest,
+        }
+
+    def _adapter_card(self, entry: AdapterEntry) -> ModelCard:
+        card = self._base_card()
+        card["id"] = f"{self._state.spec.name}:{entry.name}"
+        card["created"] = int(entry.loaded_at or self._state.created_unix)
+        card["root"] = str(entry.path)
+        card["parent"] = self._state.spec.name
+        card["digest"] = entry.id.digest if entry.id is not None else ""
+        return card

@@ -1,0 +1,98 @@
+"""GET /openapi.json, made from the models that check requests and the types that answers are built of."""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import adapterd
+from adapterd.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+from adapterd.server.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    ErrorEnvelope,
+    ModelCard,
+    ModelList,
+)
+
+Schema = dict[str, Any]
+
+# path, method, what it does, body, answer, one event of the streamed answer
+OPERATIONS: tuple[tuple[str, str, str, Any, Any, Any], ...] = (
+    (
+        "/v1/chat/completions",
+        "post",
+        "Answer a chat",
+        ChatCompletionRequest,
+        ChatCompletion,
+        ChatCompletionChunk,
+    ),
+    ("/v1/completions", "post", "Continue a text", CompletionRequest, Completion, Completion),
+    ("/v1/models", "get", "The base and its adapters", None, ModelList, None),
+    ("/v1/models/{model}", "get", "One of them", None, ModelCard, None),
+    ("/v1/load_lora_adapter", "post", "Load an adapter (if allowed)", LoadAdapterRequest, None, None),
+    ("/v1/unload_lora_adapter", "post", "Unload an adapter (if allowed)", UnloadAdapterRequest, None, None),
+    ("/health", "get", "Ready to serve", None, None, None),
+    ("/livez", "get", "Alive", None, None, None),
+    ("/readyz", "get", "Ready to serve", None, None, None),
+    ("/metrics", "get", "Prometheus metrics", None, None, None),
+    ("/version", "get", "Version of the server", None, None, None),
+    ("/openapi.json", "get", "This document", None, None, None),
+)
+
+
+async def openapi(request: Request) -> Response:
+    return JSONResponse(openapi_document())
+
+
+def openapi_document() -> Schema:
+    types = {kind for *_, body, answer, event in OPERATIONS for kind in (body, answer, event) if kind}
+    refs, definitions = TypeAdapter.json_schemas(
+        [(kind, "validation", TypeAdapter(kind)) for kind in (*types, ErrorEnvelope)],
+        ref_template="#/components/schemas/{model}",
+    )
+    schemas = dict(definitions["$defs"])
+    paths: dict[str, Schema] = {}
+    for path, method, summary, body, answer, event in OPERATIONS:
+        operation: Schema = {
+            "summary": summary,
+            "responses": {
+                "200": {"description": "OK", "content": _content(refs, answer, event)},
+                "4XX": {
+                    "description": "Error",
+                    "content": {"application/json": {"schema": refs[ErrorEnvelope, "validation"]}},
+                },
+            },
+        }
+        if "{model}" in path:
+            operation["parameters"] = [
+                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            ]
+        if body is not None:
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": refs[body, "validation"]}},
+            }
+        paths.setdefault(path, {})[method] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "adapterd", "version": adapterd.__version__},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def _content(refs: Any, answer: Any, event: Any) -> Schema:
+    content: Schema = {}
+    if answer is not None:
+        content["application/json"] = {"schema": refs[answer, "validation"]}
+    if event is not None:
+        content["text/event-stream"] = {"schema": refs[event, "validation"]}
+    return content

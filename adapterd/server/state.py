@@ -1,0 +1,69 @@
+"""What the endpoints share: the rooms beside the server, and whether it is up, draining or done."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+
+from adapterd.errors import Unavailable
+from adapterd.metrics import Metrics
+from adapterd.server.render_pool import RenderPool
+from adapterd.server.seams import Daemon
+from adapterd.server.streams import OutputStreams
+
+DRAIN_RETRY_SECONDS = 5
+
+
+class Drain:
+    """Counts running generations; once begun, takes no new ones. Event loop only."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.num_running = 0
+
+    def begin(self) -> None:
+        self.has_begun = True
+
+    @property
+    def is_complete(self) -> bool:
+        return self.has_begun and self.num_running == 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Raises Unavailable while draining."""
+        if self.has_begun:
+            raise Unavailable("the server is shutting down", retry_after_seconds=DRAIN_RETRY_SECONDS)
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+
+
+class ServerState:
+    """`streams` and `render_pool` live between start and stop of the app, on its event loop."""
+
+    def __init__(self, daemon: Daemon, *, max_queue: int = 1024) -> None:
+        self.daemon = daemon
+        self.spec = replace(daemon.spec, max_model_len=daemon.engine.max_model_len)
+        self.metrics = Metrics(daemon.spec.name, daemon.engine.stats)
+        self.drain = Drain()
+        self.created_unix = int(time.time())
+        self.streams: OutputStreams
+        self.render_pool: RenderPool
+        self._max_queue = max_queue
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start the rooms and stop them again: the registry reads adapters, the engine turns its crank."""
+        self.streams = OutputStreams(asyncio.get_running_loop())
+        self.render_pool = RenderPool(max_waiting=max(1, self._max_queue))
+        self.daemon.registry.start()
+        self.daemon.engine.start(self.streams.deliver)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.daemon.engine.stop)
+            await asyncio.to_thread(self.daemon.registry.stop)
+            await asyncio.to_thread(self.render_pool.close)
