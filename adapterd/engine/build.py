@@ -1,12 +1,13 @@
 """An engine over a loaded base, and running it by hand: the part of the daemon that needs no names and no text."""
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId, FinishReason, Output, RequestId, TokenLogprobs
+from adapterd.core import AdapterId, AdapterMix, FinishReason, Output, RequestId, TokenLogprobs
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine, EngineMemory
 from adapterd.engine.scheduler import SchedulerLimits
@@ -33,6 +34,37 @@ class EngineSizes(Protocol):
     def max_queue(self) -> int: ...
 
 
+class WeightsInUse:
+    """Host weights of the adapters that submitted sequences run, by reference.
+
+    A client that goes away gives up its lease at once, while the step that is running may be about to upload
+    its adapter: so the engine counts on references of its own, taken while the lease still stands.
+    """
+
+    def __init__(self, find: Callable[[AdapterId], Adapter]) -> None:
+        self._find = find
+        self._lock = threading.Lock()
+        self._held: dict[AdapterId, tuple[Adapter, int]] = {}
+
+    def hold(self, mix: AdapterMix) -> None:
+        """Called by whoever submits, with the mix leased."""
+        with self._lock:
+            for adapter_id, _ in mix:
+                adapter, count = self._held.get(adapter_id) or (self._find(adapter_id), 0)
+                self._held[adapter_id] = adapter, count + 1
+
+    def release(self, mix: AdapterMix) -> None:
+        with self._lock:
+            for adapter_id, _ in mix:
+                adapter, count = self._held.pop(adapter_id)
+                if count > 1:
+                    self._held[adapter_id] = adapter, count - 1
+
+    def get(self, adapter_id: AdapterId) -> Adapter:
+        """Weights of an adapter that some unfinished sequence runs."""
+        return self._held[adapter_id][0]
+
+
 @dataclass(frozen=True)
 class Finished:
     """One whole answer of an offline run."""
@@ -49,10 +81,11 @@ def build_engine(
     weights: Callable[[AdapterId], Adapter],
     settings: EngineSizes,
 ) -> tuple[Runner, Engine]:
-    """A runner with its memory set aside, and an engine over it."""
+    """A runner with its memory set aside, and an engine over it. `weights` finds those of a leased version."""
     num_kv_blocks = size_kv_pool(base, settings.kv_memory, settings.max_num_seqs)
     adapter_bytes = size_adapter_memory(base, settings.adapter_memory)
-    runner = Runner(base, num_kv_blocks=num_kv_blocks, adapter_bytes=adapter_bytes, weights=weights)
+    in_use = WeightsInUse(weights)
+    runner = Runner(base, num_kv_blocks=num_kv_blocks, adapter_bytes=adapter_bytes, weights=in_use.get)
     memory = EngineMemory(
         num_kv_blocks=num_kv_blocks,
         kv_block_size=KV_BLOCK_SIZE,
@@ -61,7 +94,7 @@ def build_engine(
         pages_of=runner.adapter_pages,
     )
     limits = SchedulerLimits(settings.max_num_batched_tokens, settings.max_num_seqs)
-    engine = Engine(runner, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue)
+    engine = Engine(runner, in_use, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue)
     if engine.max_model_len < base.spec.max_model_len:
         logger.warning(
             "KV memory holds %d tokens, so the context is limited to that; give more with --kv-memory",

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from adapterd.core import (
     AdapterId,
+    AdapterMix,
     BaseSpec,
     Batch,
     EngineStats,
@@ -43,6 +44,14 @@ class BatchRunner(Protocol):
     def run(self, batch: Batch) -> list[SampledToken]: ...
 
 
+class HostWeights(Protocol):
+    """Keeps adapters' weights on the host while sequences may need them; see `engine.build.WeightsInUse`."""
+
+    def hold(self, mix: AdapterMix) -> None: ...
+
+    def release(self, mix: AdapterMix) -> None: ...
+
+
 @dataclass(frozen=True)
 class EngineMemory:
     """What the runner has set aside. `pages_of` tells what an adapter version takes of `num_adapter_pages`."""
@@ -60,6 +69,7 @@ class Engine:
     def __init__(
         self,
         runner: BatchRunner,
+        weights: HostWeights,
         spec: BaseSpec,
         vocabulary: Vocabulary,
         memory: EngineMemory,
@@ -69,6 +79,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
+        self._weights = weights
         self._memory = memory
         self._max_queue = max_queue
         self._clock = clock
@@ -91,7 +102,10 @@ class Engine:
     # What other threads call.
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises ContextLengthExceeded, Overloaded (queue full) or Unavailable (engine dead)."""
+        """Queue a request whose adapters the caller has leased; from here on the engine holds their weights.
+
+        Raises ContextLengthExceeded, Overloaded (queue full) or Unavailable (engine dead).
+        """
         self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
         with self._changed:
             if self._failed is not None:
@@ -101,6 +115,8 @@ class Engine:
                     f"{self._stats.num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
                     "try again in a moment"
                 )
+            for _ in range(request.num_sequences):
+                self._weights.hold(request.mix)
             self._num_submitted += request.num_sequences
             self._inbox.append(lambda: self._begin(request))
             self._changed.notify()
@@ -152,7 +168,7 @@ class Engine:
         finished = [sequence for sequence, output in built if output.finish_reason is not None]
         self._scheduler.update(batch, finished)
         for sequence in finished:
-            self._outputs.forget(sequence)
+            self._forget(sequence)
         self._num_steps += 1
         self._num_tokens_computed += batch.num_tokens
         self._stats = self._snapshot()
@@ -206,7 +222,11 @@ class Engine:
 
     def _abort(self, request_id: RequestId) -> None:
         for sequence in self._scheduler.abort(request_id):
-            self._outputs.forget(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._outputs.forget(sequence)
+        self._weights.release(sequence.mix)
 
     def _fail(self, reason: str) -> list[Output]:
         with self._changed:

@@ -120,7 +120,7 @@ def test_prefix_hit_equals_peft(case: Case) -> None:
 def test_adapter_swapped_mid_run_equals_peft(case: Case) -> None:
     """A running answer ends on the version it began with; the next takes the new one; memory holds but one."""
     offline = start(case)
-    pages = max(offline.runner.adapter_pages(adapter.id) for adapter in offline.adapters.values())
+    pages = max(offline.runner.bank.pages_of(adapter) for adapter in offline.adapters.values())
     offline = start(case, adapter_memory=2 * pages * offline.runner.bank.page_bytes)
     prompt = case.prompts[1]
     new = Reference(case.base, case.adapters["wide2"]).greedy(prompt, NUM_TOKENS)
