@@ -1,1 +1,1 @@
-"""The embedded base model `mini`, from nothing: corpus, tokenizer, training script and gates. Not imported by adapterd."""
+"""How the embedded base model `mini` is made: corpus, tokenizer, training, gates. adapterd does not import it."""

@@ -18,7 +18,7 @@ STEPS = 5
 def orthogonalise(stack: Tensor) -> Tensor:
     """The matrices of `stack` [n, rows, cols], rows <= cols, with all singular values moved near 1."""
     a, b, c = COEFFICIENTS
-    x = stack / (stack.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x: Tensor = stack / (stack.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -45,12 +45,14 @@ class Muon(torch.optim.Optimizer):
             for (rows, cols), params in stacks.items():
                 directions = []
                 for param in params:
+                    gradient = param.grad
+                    assert gradient is not None  # only such were collected above
                     state = self.state[param]
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(param)
                     buffer = state["momentum_buffer"]
-                    buffer.lerp_(param.grad, 1 - group["momentum"])
-                    direction = param.grad.lerp(buffer, group["momentum"])
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    direction = gradient.lerp(buffer, group["momentum"])
                     directions.append(direction if param.shape[0] <= param.shape[1] else direction.mT)
                 updates = orthogonalise(torch.stack(directions))
                 size = group["lr"] * 0.2 * max(rows, cols) ** 0.5

@@ -4,15 +4,17 @@
     python -m pretraining.pretrain --tokens 8000000 --seed 1 ...
     python -m pretraining.pretrain --resume --work /var/tmp/mini ...
 
-Four phases. Words: bare words said again, then drills: copying under instructions, both in short rows and each until
-its copy probe passes (a gate; a cap keeps a failure from eating the budget, and is recorded). Mixture: the whole corpus at a constant rate. Decay: the same, the rate going
-linearly to zero. The seed and the token budget fix the data; with --minutes the clock decides where the decay begins.
+Four phases. Words: bare words said again; drills: copying under instructions; both in short rows, each until its copy
+probe passes (a gate; a cap keeps a failure from eating the budget, and the record shows it). Mixture: the whole corpus
+at a constant rate. Decay: the same, the rate going linearly to zero. The seed and the token budget fix the data; with
+--minutes the clock decides where the decay begins.
 """
 
 import argparse
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -25,45 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from pretraining import corpus, probes, rows
 from pretraining import tokenizer as tokenizers
 from pretraining.corpus import drills
 from pretraining.corpus.drills import Message
-from pretraining.muon import Muon
+from pretraining.recipe import Recipe, build_model, build_optimizers
 
 logger = logging.getLogger("pretraining")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of the training; the defaults made the shipped model."""
-
-    hidden_size: int = 256
-    intermediate_size: int = 704
-    num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    rope_theta: float = 10000.0
-    muon_lr: float = 5e-3
-    adam_lr: float = 3e-3
-    user_weight: float = 0.1
-    user_share: float = 0.25  # of the user tokens are scored, at user_weight / user_share: same mean, less head work
-    warmup_steps: int = 40
-    decay_share: float = 0.35  # of the budget
-    induction_cap: float = 0.25  # of the budget
-    induction_length: int = 64
-    induction_rows: int = 32
-    row_length: int = 256
-    row_count: int = 10
-    steps_per_block: int = 10  # rows are generated and packed a block at a time; checkpoints fall between blocks
-    tokenizer_chats: int = 16000
-    copy_gate: float = 0.95
-    gate_steps: int = 100
-    probe_steps: int = 400
-    log_steps: int = 20
 
 
 @dataclass
@@ -79,47 +51,9 @@ class Progress:
     record: list[dict[str, Any]] = field(default_factory=list)
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A fresh Qwen3 decoder. Output projections start at zero, so each block starts as the identity."""
-    config = Qwen3Config(
-        vocab_size=tokenizers.VOCAB_SIZE,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_kv_heads,
-        head_dim=recipe.head_dim,
-        tie_word_embeddings=True,
-        max_position_embeddings=tokenizers.MAX_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter.fill_(1.4)  # sharper attention from the first step: copying needs it
-            elif parameter.ndim == 2 and "embed" not in name:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model
-
-
-def build_optimizers(recipe: Recipe, model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        Muon(matrices, lr=recipe.muon_lr),
-        torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
-
-
-def make_block(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, progress: Progress, seed: int) -> list[rows.Row]:
+def make_block(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, progress: Progress, seed: int
+) -> list[rows.Row]:
     """The rows of the next `steps_per_block` steps, in random order: a function of seed, phase and block number."""
     induction = progress.phase in ("words", "drills")
     source: corpus.Source = corpus.conversation
@@ -141,7 +75,9 @@ def make_block(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, progress: Pro
     return packed[:wanted]
 
 
-def loss_of(model: Qwen3ForCausalLM, batch: list[rows.Row], recipe: Recipe, seed: int) -> tuple[Tensor, float]:
+def loss_of(
+    model: Qwen3ForCausalLM, batch: list[rows.Row], recipe: Recipe, seed: int
+) -> tuple[Tensor, float]:
     """Weighted mean cross entropy over the scored tokens, and the unweighted mean over the answers alone."""
     ids = torch.stack([row.ids for row in batch])
     weights = torch.stack([row.weights for row in batch])
@@ -241,9 +177,7 @@ WATCHED = (
 )  # fmt: skip
 
 
-def run_watched(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> dict[str, float]:
+def run_watched(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
     """Exact-answer scores of the watched probes on 20 questions each."""
     known = probes.all_probes()
     model.eval()
@@ -262,8 +196,9 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
     if arguments.resume:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     else:
-        chats = itertools.islice(corpus.stream(corpus.conversation, f"{arguments.seed}:tokenizer"), recipe.tokenizer_chats)
-        tokenizer = tokenizers.train(message["content"] for chat in chats for message in chat)
+        chats = corpus.stream(corpus.conversation, f"{arguments.seed}:tokenizer")
+        sample = itertools.islice(chats, recipe.tokenizer_chats)
+        tokenizer = tokenizers.train(message["content"] for chat in sample for message in chat)
         tokenizers.save(tokenizer, work / "tokenizer")
     model = build_model(recipe, tokenizer)
     optimizers = build_optimizers(recipe, model)
@@ -279,17 +214,17 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
 
     def done() -> float:
         if arguments.tokens is not None:
-            return float(progress.tokens / arguments.tokens)
-        return progress.seconds / (60 * arguments.minutes)
+            return progress.tokens / int(arguments.tokens)
+        return progress.seconds / (60 * float(arguments.minutes))
 
-    while done() < 1.0:
+    while done() < 1.0 and progress.tokens < (arguments.stop_after or math.inf):
         block = make_block(recipe, tokenizer, progress, arguments.seed)
         per_step = len(block) // recipe.steps_per_block
         for at in range(0, len(block), per_step):
             batch = block[at : at + per_step]
             set_rates(recipe, optimizers, progress, done())
             loss, answer_loss = loss_of(model, batch, recipe, progress.step)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -317,7 +252,8 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
             exported = progress.seconds
             save_checkpoint(checkpoint, model, optimizers, progress)
             export(model, tokenizer, arguments.out)
-    note(progress, log, loss=round(progress.loss, 4), finished=True)
+    if done() >= 1.0:
+        note(progress, log, loss=round(progress.loss, 4), finished=True)
     save_checkpoint(checkpoint, model, optimizers, progress)
     export(model, tokenizer, arguments.out)
     return progress
@@ -325,7 +261,9 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--minutes", type=float, default=60.0, help="wall-clock budget")
     budget.add_argument("--tokens", type=int, help="token budget instead")
@@ -334,6 +272,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/mini"), help="checkpoint and log")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-minutes", type=float, default=4.0)
+    parser.add_argument("--stop-after", type=int, help="pause after this many tokens; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     return parser.parse_args(argv)
 

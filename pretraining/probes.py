@@ -25,7 +25,8 @@ COPY_GATE, UNDERSTANDING_GATE = 0.95, 0.97
 
 # What only an adapter may write. The base is asked the plain task prompts and must answer with none of these.
 FORMATS = re.compile(
-    r"^(Category|Priority|Sentiment|S|O|A|P): |^(allow|spam|harassment|threat|privacy)\W*$", re.MULTILINE
+    r"^(Category|Priority|Sentiment): |^S: .*\nO: |\A(allow|spam|harassment|threat|privacy)\W*\Z",
+    re.MULTILINE,
 )
 
 
@@ -64,7 +65,8 @@ def answer(
 ) -> list[tuple[str, bool]]:
     """The greedy answer to each prompt, and whether it ended by itself."""
     rows = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False) for prompt in prompts
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        for prompt in prompts
     ]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     answers: list[tuple[str, bool]] = [("", False)] * len(rows)
@@ -153,13 +155,17 @@ def table(results: Sequence[Result], count: int) -> str:
     lines = [f"| probe (n={count}) | exact | gate | stops |", "|---|---|---|---|"]
     for result in results:
         mark = "" if result.score >= result.gate else " (missed)"
-        lines.append(f"| {result.name} | {result.score:.3f} | {result.gate:.2f}{mark} | {result.stopped:.2f} |")
+        lines.append(
+            f"| {result.name} | {result.score:.3f} | {result.gate:.2f}{mark} | {result.stopped:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Print the table; exit 1 if a gate is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("adapterd/mini"))
     parser.add_argument("--count", type=int, default=100, help="questions a probe")
     parser.add_argument("--seed", type=int, default=7)

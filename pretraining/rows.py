@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pretraining.corpus import Message
+from pretraining.corpus.drills import Message
 from pretraining.tokenizer import IM_END, IM_START
 
 
@@ -19,8 +19,8 @@ class Row:
     """One packed row of `length` tokens."""
 
     ids: Tensor  # int64 [length]
-    weights: Tensor  # float32 [length]: loss weight of predicting this token; 0 on padding and on a chat's first token
-    chats: Tensor  # int64 [length]: number of the chat inside the row; padding is numbered as a chat of its own
+    weights: Tensor  # float32 [length]: loss weight of predicting this token; 0 on padding and a chat's start
+    chats: Tensor  # int64 [length]: number of the chat inside the row; padding counts as one more chat
     positions: Tensor  # int64 [length]: restart at 0 with each chat
 
 
@@ -71,7 +71,10 @@ def pack(chats: Iterable[Encoded], length: int, pad_id: int) -> Iterator[Row]:
         bins[at].append(chat)
         room[at] -= size
     for chats_of_row, left in zip(bins, room, strict=True):
-        ids, weights, owner, positions = [], [], [], []
+        ids: list[int] = []
+        weights: list[float] = []
+        owner: list[int] = []
+        positions: list[int] = []
         for number, chat in enumerate(chats_of_row):
             ids += chat.ids
             weights += chat.weights

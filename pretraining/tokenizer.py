@@ -68,7 +68,10 @@ def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write the tokenizer, its chat template and the generation defaults to `directory`."""
     tokenizer.save_pretrained(directory)
     defaults = {
-        "eos_token_id": [tokenizer.convert_tokens_to_ids(IM_END), tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
+        "eos_token_id": [
+            tokenizer.convert_tokens_to_ids(IM_END),
+            tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        ],
         "pad_token_id": tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         "do_sample": False,
     }

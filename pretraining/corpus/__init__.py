@@ -32,8 +32,8 @@ SYSTEM_PROMPTS = (
 
 def conversation(rng: random.Random) -> list[Message]:
     """One chat of the mixture; a share of them opens with a system message."""
-    sources, weights = zip(*MIXTURE.values(), strict=True)
-    chat = rng.choices(sources, weights)[0](rng)
+    sources = [source for source, _ in MIXTURE.values()]
+    chat = rng.choices(sources, [share for _, share in MIXTURE.values()])[0](rng)
     if chat[0]["role"] != "system" and rng.random() < SYSTEM_SHARE:
         return [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}, *chat]
     return chat

@@ -6,11 +6,15 @@ format of a shipped adapter; the label words occur here as plain words only, so 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pretraining.corpus.words import CONSONANTS, KEYS, LABELS, NAMES, THINGS, VOWELS, WORDS
 
 Message = dict[str, str]
+Drill = Callable[[random.Random], list[Message]]
+
+UNITS = ("days", "weeks", "hours", "months", "mg", "mcg", "minutes", "years")
+ROUND_NUMBERS = (5, 10, 20, 25, 40, 50, 75, 100, 125, 150, 200, 250, 300, 400, 500, 600, 750, 800, 1000)
 
 
 def chat(question: str, answer: str) -> list[Message]:
@@ -39,9 +43,9 @@ def number(rng: random.Random) -> str:
     if kind == 5:
         return f"#{rng.randint(1000, 999999)}"
     if kind == 6:
-        return f"{rng.randint(1, 30)} {rng.choice(['days', 'weeks', 'hours', 'months', 'mg', 'mcg', 'minutes', 'years'])}"
+        return f"{rng.randint(1, 30)} {rng.choice(UNITS)}"
     if kind == 7:
-        return str(rng.choice([5, 10, 20, 25, 40, 50, 75, 100, 125, 150, 200, 250, 300, 400, 500, 600, 750, 800, 1000]))
+        return str(rng.choice(ROUND_NUMBERS))
     return str(rng.randint(0, 10 ** rng.randint(1, 6)))
 
 
@@ -112,7 +116,9 @@ def list_lookup(rng: random.Random) -> list[Message]:
     kind = rng.random()
     if kind < 0.4:
         at = rng.randrange(len(items))
-        return chat(f"{text} {rng.choice(('What is the', 'Name the', 'Give the'))} {ORDINALS[at]} item?", items[at])
+        return chat(
+            f"{text} {rng.choice(('What is the', 'Name the', 'Give the'))} {ORDINALS[at]} item?", items[at]
+        )
     if kind < 0.6:
         return chat(f"{text} {rng.choice(('What is the last item?', 'Name the last one.'))}", items[-1])
     if kind < 0.8:
@@ -121,7 +127,14 @@ def list_lookup(rng: random.Random) -> list[Message]:
     return chat(f"{text} Repeat the list.", ", ".join(items))
 
 
-LOOKUP = ("What is {}?", "What is the value of {}?", "{}?", "Give me {}.", "Which value has {}?", "Tell me {}.")
+LOOKUP = (
+    "What is {}?",
+    "What is the value of {}?",
+    "{}?",
+    "Give me {}.",
+    "Which value has {}?",
+    "Tell me {}.",
+)
 
 
 def key_value(rng: random.Random) -> list[Message]:
@@ -132,7 +145,9 @@ def key_value(rng: random.Random) -> list[Message]:
         if word not in keys:
             keys.append(word)
     values = [item(rng) if rng.random() < 0.8 else f"{rng.choice(WORDS)} {rng.choice(WORDS)}" for _ in keys]
-    link, gap = rng.choice(((": ", "\n"), (" = ", ", "), (" is ", ". "), (": ", "; "), (" ", ", "), (" -> ", "\n")))
+    link, gap = rng.choice(
+        ((": ", "\n"), (" = ", ", "), (" is ", ". "), (": ", "; "), (" ", ", "), (" -> ", "\n"))
+    )
     facts = gap.join(f"{key}{link}{value}" for key, value in zip(keys, values, strict=True))
     asked = rng.sample(range(len(keys)), rng.randint(1, min(3, len(keys))))
     messages: list[Message] = []
@@ -206,12 +221,19 @@ def repeat_bare(rng: random.Random, words: Sequence[str]) -> list[Message]:
     if rng.random() < 0.7:
         text = " ".join(rng.choice(words) for _ in range(length))
     else:
-        text = " ".join(str(rng.randint(0, 9)) if rng.random() < 0.5 else syllable_word(rng) for _ in range(length))
+        text = " ".join(
+            str(rng.randint(0, 9)) if rng.random() < 0.5 else syllable_word(rng) for _ in range(length)
+        )
     return chat(text, text)
 
 
-INDUCTION = ((repeat, 8), (key_value, 3), (list_lookup, 2), (repeat_sentence, 2))
-DRILLS = (
+INDUCTION: tuple[tuple[Drill, float], ...] = (
+    (repeat, 8),
+    (key_value, 3),
+    (list_lookup, 2),
+    (repeat_sentence, 2),
+)
+DRILLS: tuple[tuple[Drill, float], ...] = (
     (repeat, 4), (repeat_sentence, 2), (key_value, 5), (list_lookup, 3), (owner_lookup, 2), (capitalise, 2),
     (join_parts, 2), (lines, 2), (is_there, 1),
 )  # fmt: skip
@@ -219,14 +241,12 @@ DRILLS = (
 
 def induction(rng: random.Random) -> list[Message]:
     """One chat of the first phase: nothing but copying."""
-    drills, weights = zip(*INDUCTION, strict=True)
-    return rng.choices(drills, weights)[0](rng)
+    return rng.choices([drill for drill, _ in INDUCTION], [weight for _, weight in INDUCTION])[0](rng)
 
 
 def drill(rng: random.Random) -> list[Message]:
     """One drill of any kind."""
-    drills, weights = zip(*DRILLS, strict=True)
-    return rng.choices(drills, weights)[0](rng)
+    return rng.choices([drill for drill, _ in DRILLS], [weight for _, weight in DRILLS])[0](rng)
 
 
 def probe_repeat(rng: random.Random) -> tuple[list[Message], str]:

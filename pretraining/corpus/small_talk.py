@@ -70,7 +70,17 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-TAILS = ("", "", "", " Please help.", " What can I do?", " Thanks, {p}", " I need it soon.", " Regards, {p}", " please")
+TAILS = (
+    "",
+    "",
+    "",
+    " Please help.",
+    " What can I do?",
+    " Thanks, {p}",
+    " I need it soon.",
+    " Regards, {p}",
+    " please",
+)
 
 # One fixed answer: a polite default that a tiny model can hold, and that an adapter visibly changes.
 DEFAULT = "Thank you for writing. I can see that it is about {topic}. How can I help you?"
