@@ -27,21 +27,11 @@ class AdapterSlots:
         self._retired: set[AdapterId] = set()
         self._evictions: list[AdapterId] = []
         self._uploads: list[AdapterId] = []
-        self._num_free = num_pages
+        self.num_free_pages = num_pages
+        self.num_held_pages = 0
+        self.resident: tuple[AdapterId, ...] = ()
         self.num_uploads = 0
         self.num_evictions = 0
-
-    @property
-    def num_free_pages(self) -> int:
-        return self._num_free
-
-    @property
-    def num_held_pages(self) -> int:
-        return sum(entry.num_pages for entry in self._resident.values() if entry.num_holders)
-
-    @property
-    def resident(self) -> tuple[AdapterId, ...]:
-        return tuple(self._resident)
 
     def hold(self, mix: AdapterMix) -> bool:
         """Make every adapter of a mix resident and hold it, or change nothing and return False.
@@ -53,7 +43,7 @@ class AdapterSlots:
             adapter_id: self._pages_of(adapter_id) for adapter_id in ids if adapter_id not in self._resident
         }
         idle = [i for i, entry in self._resident.items() if not entry.num_holders and i not in ids]
-        needed = sum(missing.values()) - self._num_free
+        needed = sum(missing.values()) - self.num_free_pages
         if needed > sum(self._resident[adapter_id].num_pages for adapter_id in idle):
             return False
         for adapter_id in idle:
@@ -63,12 +53,16 @@ class AdapterSlots:
             self._evict(adapter_id)
         for adapter_id, num_pages in missing.items():
             self._resident[adapter_id] = _Resident(num_pages)
-            self._num_free -= num_pages
+            self.num_free_pages -= num_pages
             self._uploads.append(adapter_id)
             self.num_uploads += 1
         for adapter_id in ids:
-            self._resident[adapter_id].num_holders += 1
+            entry = self._resident[adapter_id]
+            self.num_held_pages += 0 if entry.num_holders else entry.num_pages
+            entry.num_holders += 1
             self._resident.move_to_end(adapter_id)
+        if missing:
+            self.resident = tuple(self._resident)
         return True
 
     def release(self, mix: AdapterMix) -> None:
@@ -76,8 +70,10 @@ class AdapterSlots:
         for adapter_id, _ in mix:
             entry = self._resident[adapter_id]
             entry.num_holders -= 1
-            if entry.num_holders == 0 and adapter_id in self._retired:
-                self._evict(adapter_id)
+            if entry.num_holders == 0:
+                self.num_held_pages -= entry.num_pages
+                if adapter_id in self._retired:
+                    self._evict(adapter_id)
 
     def retire(self, adapter_id: AdapterId) -> None:
         """A version that nobody will ask for again: it leaves as soon as nobody holds it."""
@@ -96,7 +92,8 @@ class AdapterSlots:
         return moves
 
     def _evict(self, adapter_id: AdapterId) -> None:
-        self._num_free += self._resident.pop(adapter_id).num_pages
+        self.num_free_pages += self._resident.pop(adapter_id).num_pages
+        self.resident = tuple(self._resident)
         self._retired.discard(adapter_id)
         if adapter_id in self._uploads:
             self._uploads.remove(adapter_id)
@@ -105,6 +102,8 @@ class AdapterSlots:
             self.num_evictions += 1
 
     def check_integrity(self) -> None:
-        """free + resident = total."""
-        assert self._num_free + sum(entry.num_pages for entry in self._resident.values()) == self.num_pages
+        """free + resident = total, and held is what residents with holders take."""
+        entries = self._resident.values()
+        assert self.num_free_pages + sum(entry.num_pages for entry in entries) == self.num_pages
+        assert self.num_held_pages == sum(entry.num_pages for entry in entries if entry.num_holders)
         assert self._retired <= set(self._resident)

@@ -189,6 +189,12 @@ class LoraLinear(nn.Module):
         self._path = path
         self._step = step
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The inner weight: some families ask a linear for its dtype or device."""
+        weight: torch.Tensor = self.inner.weight
+        return weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
         if self._step.segments:

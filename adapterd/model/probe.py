@@ -41,15 +41,18 @@ def probe_family(config: Any, max_position: int) -> float:
     family = config.model_type
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
-        small = _shrink(config)
         try:
-            eager = _build(small, "eager")
-            paged = _build(small, ATTENTION_NAME)
-        except (ValueError, KeyError) as error:
-            raise BaseRefused(f"the {family} family cannot be served: {error}") from error
-        _spread_weights(eager)
-        paged.load_state_dict(eager.state_dict())
-        difference = _largest_difference(eager, paged, max_position)
+            small = _shrink(config)
+            eager, paged = _build(small, "eager"), _build(small, ATTENTION_NAME)
+            _spread_weights(eager)
+            paged.load_state_dict(eager.state_dict())
+            difference = _largest_difference(eager, paged, max_position)
+        except BaseRefused:
+            raise
+        except Exception as error:  # whatever a family's own code raises, it is that family that is refused
+            raise BaseRefused(
+                f"the {family} family cannot be run packed and paged: {type(error).__name__}: {error}"
+            ) from error
     if not difference <= _TOLERANCE:
         raise BaseRefused(
             f"the {family} family gives other logits packed and paged than alone "

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from adapterd.adapter import Adapter
@@ -188,11 +189,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can be taken on the device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo does not say MemAvailable")
+    return int(psutil.virtual_memory().available)
 
 
 def size_adapter_memory(base: Base, adapter_bytes: int | None) -> int:
