@@ -192,7 +192,8 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The inner weight: some families ask a linear for its dtype or device."""
-        weight: torch.Tensor = self.inner.weight
+        weight = self.inner.weight
+        assert isinstance(weight, torch.Tensor)
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
