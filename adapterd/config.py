@@ -61,6 +61,8 @@ class Settings(BaseModel):
 
     command: ClassVar[str]
 
+    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
+
 
 class EngineSettings(Settings):
     """What the engine needs, whoever asks it: the daemon or an evaluation."""
@@ -101,7 +103,6 @@ class ServeSettings(EngineSettings):
     drain_timeout: float = Field(
         30.0, ge=0, description="seconds that running requests get to finish at SIGTERM"
     )
-    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
 
 
 class TrainSettings(Settings):
@@ -111,16 +112,19 @@ class TrainSettings(Settings):
         "mini", min_length=1, description="base model: a directory, a hub id, or the embedded 'mini'"
     )
     data: Path = Field(description="training rows: JSONL of chat messages")
+    heldout: Path | None = Field(None, description="rows that are never trained on, for the evaluation")
     validation: Path | None = Field(None, description="rows for early stopping (default: a part of --data)")
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="part of --data held back for early stopping"
     )
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the adapter")
-    out: Path = Field(description="directory that the adapter is written to")
+    out: Path | None = Field(
+        None, description="folder that the adapter is written to (default: that of --data)"
+    )
     rank: int = Field(16, ge=1, le=1024, description="rank of the update")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     target_modules: Names = Field(("all-linear",), description="linears to adapt, by last name")
-    epochs: float = Field(3.0, gt=0, description="passes over the rows at most")
+    max_epochs: float = Field(3.0, gt=0, description="passes over the rows at most")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup_fraction: float = Field(0.05, ge=0, le=1, description="part of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of A and B")
@@ -133,7 +137,6 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and row order")
     dtype: DType = Field("auto", description="type of the frozen base; A and B are always float32")
     device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
-    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
 
 
 class EvalSettings(EngineSettings):
@@ -147,7 +150,6 @@ class EvalSettings(EngineSettings):
     max_tokens: int = Field(160, ge=1, description="tokens of an answer at most")
     json_out: Path | None = Field(None, description="write the report to this file as JSON")
     write_card: bool = Field(False, description="write the result table into the adapter's README.md")
-    log_level: LogLevel = Field("info", description="how much is logged, to stderr")
 
 
 COMMANDS: tuple[type[Settings], ...] = (ServeSettings, TrainSettings, EvalSettings)
@@ -238,5 +240,5 @@ def _read_environment(settings: type[Settings], environ: Mapping[str, str]) -> d
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(known), n=2, cutoff=0.85)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""

@@ -37,7 +37,8 @@ class RuntimeAdapters:
                 f" in place, set 'load_inplace' to True. ({error.message})",
             )
         except AdapterdError as error:
-            return _refuse(error.status, f"Loading lora {body.lora_name} failed: {error.message}", error)
+            status = 404 if error.param == "lora_path" else error.status
+            return _refuse(status, f"Loading lora {body.lora_name} failed: {error.message}", error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:

@@ -16,17 +16,13 @@ MAX_STEP_SECONDS = 120.0
 class Health:
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._has_loaded = False
 
     async def livez(self, request: Request) -> Response:
         """Red when only a restart helps: the engine failed or hangs."""
         return _probe(self._dead())
 
     async def readyz(self, request: Request) -> Response:
-        """Red while the first adapters load, while draining, and when not live.
-
-        Once green it ignores adapters that load or fail: that is their own affair, not the server's.
-        """
+        """Red while the first adapters load, while draining, and when not live."""
         return _probe(self._dead() or self._draining() or self._loading())
 
     async def version(self, request: Request) -> Response:
@@ -47,12 +43,7 @@ class Health:
         return "shutting down" if self._state.drain.has_begun else None
 
     def _loading(self) -> str | None:
-        if not self._has_loaded:
-            loading = [entry.name for entry in self._state.daemon.registry.list() if entry.state == "LOADING"]
-            if loading:
-                return f"loading {len(loading)} adapters"
-            self._has_loaded = True
-        return None
+        return None if self._state.is_loaded() else "loading adapters"
 
 
 def _probe(reason: str | None) -> Response:

@@ -53,6 +53,19 @@ class ServerState:
         self.streams: OutputStreams
         self.render_pool: RenderPool
         self._max_queue = max_queue
+        self._has_loaded = False
+
+    def model_names(self) -> list[str]:
+        """The base, then the adapters that are ready, as a request's `model` says them."""
+        entries = self.daemon.registry.list()
+        return [self.spec.name, *(f"{self.spec.name}:{e.name}" for e in entries if e.id is not None)]
+
+    def is_loaded(self) -> bool:
+        """Whether the adapters that were there at the start are read. True from then on: what loads or fails
+        later is that adapter's affair, not the server's."""
+        if not self._has_loaded:
+            self._has_loaded = all(entry.state != "LOADING" for entry in self.daemon.registry.list())
+        return self._has_loaded
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

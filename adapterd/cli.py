@@ -1,0 +1,177 @@
+"""The commands: arguments and calls, nothing else. Heavy imports wait until a command needs them."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+import adapterd
+from adapterd.config import (
+    Bytes,
+    EvalSettings,
+    S,
+    ServeSettings,
+    TrainSettings,
+    flag,
+    load_settings,
+    takes_many,
+)
+from adapterd.errors import AdapterdError, ConfigError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = vars(_parser().parse_args(argv))
+    command: Callable[[dict[str, Any]], int] = arguments.pop("run")
+    try:
+        return command(arguments)
+    except AdapterdError as error:
+        for line in error.message.splitlines():
+            print(f"adapterd: {line}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def serve(flags: dict[str, Any]) -> int:
+    settings = _settings(ServeSettings, flags)
+
+    from adapterd.daemon import Daemon
+    from adapterd.server.app import create_app
+    from adapterd.server.auth import check_exposure, read_key_hashes
+    from adapterd.server.run import bind, print_ready, run, url_of
+    from adapterd.server.state import ServerState
+
+    key_hashes = read_key_hashes(settings.api_key_file) if settings.api_key_file else ()
+    check_exposure(settings.host, has_keys=bool(key_hashes), insecure_no_auth=settings.insecure_no_auth)
+    listener = bind(settings.host, settings.port)
+    state = ServerState(Daemon.build(settings), max_queue=settings.max_queue)
+    app = create_app(state, allow_runtime_adapters=settings.allow_runtime_adapters, key_hashes=key_hashes)
+
+    def on_ready() -> None:
+        print_ready(url_of(listener), state.model_names())
+
+    return run(app, state, listener, drain_timeout=settings.drain_timeout, on_ready=on_ready)
+
+
+def train(flags: dict[str, Any]) -> int:
+    settings = _settings(TrainSettings, flags)
+
+    from adapterd.training.train import train
+
+    print(f"wrote {train(settings)}")
+    return 0
+
+
+def evaluate(flags: dict[str, Any]) -> int:
+    settings = _settings(EvalSettings, flags)
+
+    from adapterd.evaluation import evaluate
+
+    print(evaluate(settings))
+    return 0
+
+
+def version(flags: dict[str, Any]) -> int:
+    print(f"adapterd {adapterd.__version__}")
+    return 0
+
+
+def _settings(settings: type[S], flags: dict[str, Any]) -> S:
+    loaded = load_settings(settings, flags, os.environ, flags.pop("config", None))
+    _configure_logging(loaded.log_level)
+    return loaded
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adapterd", description="One frozen base language model, many LoRA adapters, one batch."
+    )
+    parser.add_argument("--version", action="version", version=f"adapterd {adapterd.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for settings, run, summary in (
+        (ServeSettings, serve, "serve a base and its adapters under the OpenAI API"),
+        (TrainSettings, train, "train an adapter from rows of chat messages"),
+        (EvalSettings, evaluate, "measure adapters against the bare base on held-out rows"),
+    ):
+        command = commands.add_parser(
+            settings.command,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="Every flag is also a variable (--max-queue: ADAPTERD_MAX_QUEUE) and a key of the --config"
+            " file (max_queue). A flag wins over a variable, a variable over the file.",
+            argument_default=argparse.SUPPRESS,
+        )
+        command.set_defaults(run=run)
+        if settings is TrainSettings:
+            command.add_argument(
+                "config", nargs="?", type=Path, metavar="RECIPE", help="settings as a TOML file"
+            )
+        else:
+            command.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")
+        for field in sorted(
+            settings.model_fields, key="log_level".__eq__
+        ):  # what all commands share comes last
+            _add_flag(command, field, settings.model_fields[field])
+    commands.add_parser("version", help="print the version").set_defaults(run=version)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
+    """Values stay text: the settings check them, wherever they come from."""
+    options: dict[str, Any] = {"help": _help(info)}
+    if info.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["metavar"] = _metavar(info)
+        if takes_many(info.annotation):
+            options |= {"nargs": "+", "action": "extend"}
+    parser.add_argument(flag(field), **options)
+
+
+def _help(info: FieldInfo) -> str:
+    text = str(info.description).replace("%", "%%")
+    if info.is_required() or info.default in (None, (), False) or "default:" in text:
+        return text
+    default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
+    return f"{text} (default: {default})"
+
+
+def _metavar(info: FieldInfo) -> str:
+    kinds = {info.annotation, *get_args(info.annotation)}
+    if Bytes in kinds:
+        return "BYTES"
+    if get_origin(info.annotation) is Literal:
+        return "|".join(get_args(info.annotation))
+    if takes_many(info.annotation):
+        return "DIR" if Path in kinds else "NAME"
+    for kind, metavar in ((Path, "PATH"), (int, "N"), (float, "X")):
+        if kind in kinds:
+            return metavar
+    return "TEXT"
+
+
+class _OneLine(logging.Formatter):
+    """What a client or a file says may appear in a log line, but may not begin a new one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in record.message
+        )
+        return super().formatMessage(record)
+
+
+def _configure_logging(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    for noisy in ("uvicorn", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
