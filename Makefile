@@ -1,0 +1,38 @@
+# make serve   the daemon on the embedded base with the three shipped adapters
+# make test    the whole gate: format, lint, types, tests
+#
+# Each makes .venv with pinned dependencies first; a second run finds it and starts at once.
+# PYTHON names the interpreter to make it with (3.11 or newer): make test PYTHON=python3.13
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Another environment may be active in the shell that calls make: it must not leak into this one.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER
+
+.PHONY: serve test lint clean
+
+serve: $(INSTALLED)
+	$(BIN)/adapterd serve --adapters adapters
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch comes first and alone, so that a build that is already chosen for this machine is not replaced.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adapterd needs Python 3.11 or newer; name one with PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
