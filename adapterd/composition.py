@@ -1,0 +1,85 @@
+"""What a request runs on: the base, one adapter, or several at weights. Pure functions of loaded adapters."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from adapterd.adapter import Adapter
+from adapterd.core import BASE_ADAPTER, BASE_MIX, AdapterId, AdapterMix, BaseSpec
+from adapterd.errors import InvalidRequest
+from adapterd.model_name import Part
+
+_NO_DEFAULTS: Mapping[str, float | int] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What a `model` string means at this moment.
+
+    `model` is its canonical form. `digest` is "base" for the base, an adapter's digest, or
+    `d1*w1+d2*w2` for a composition. `chat_template` is None where the base's holds.
+    """
+
+    mix: AdapterMix
+    model: str
+    digest: str
+    chat_template: str | None
+    eos_token_ids: frozenset[int]
+    generation_defaults: Mapping[str, float | int]
+    adapter_names: tuple[str, ...]
+    # Keeps the versions in memory until they are leased, should their names move on in between.
+    adapters: tuple[Adapter, ...] = field(repr=False, compare=False, default=())
+
+
+def resolve_base(spec: BaseSpec) -> ResolvedModel:
+    digest = BASE_ADAPTER.digest
+    return ResolvedModel(BASE_MIX, spec.name, digest, None, spec.eos_token_ids, _NO_DEFAULTS, ())
+
+
+def compose(spec: BaseSpec, parts: Sequence[Part], adapters: Sequence[Adapter]) -> ResolvedModel:
+    """One mix of `adapters`, each the current version of the part beside it.
+
+    The same content twice adds up, and the order of the parts does not matter. Parts that name no chat
+    template follow one that does; two different ones are an InvalidRequest. Generation defaults hold only
+    where all parts agree.
+    """
+    weights: dict[AdapterId, float] = {}
+    templates: dict[str, str] = {}
+    for part, adapter in zip(parts, adapters, strict=True):
+        weights[adapter.id] = weights.get(adapter.id, 0.0) + part.weight
+        if adapter.chat_template is not None:
+            templates.setdefault(adapter.chat_template, part.name)
+    for adapter_id, weight in weights.items():
+        if weight == 0:
+            raise InvalidRequest(
+                f"the weights of {adapter_id.name!r} add up to 0; leave it out", param="model"
+            )
+    if len(templates) > 1:
+        first, second = itertools.islice(templates.values(), 2)
+        raise InvalidRequest(
+            f"{first!r} and {second!r} bring different chat templates and cannot be composed", param="model"
+        )
+    mix = tuple(sorted(weights.items()))
+    defaults = adapters[0].generation_defaults
+    if any(adapter.generation_defaults != defaults for adapter in adapters):
+        defaults = _NO_DEFAULTS
+    eos = [spec.eos_token_ids if a.eos_token_ids is None else a.eos_token_ids for a in adapters]
+    return ResolvedModel(
+        mix=mix,
+        model=f"{spec.name}:{'+'.join(_weighted(_versioned(part), part.weight) for part in parts)}",
+        digest="+".join(_weighted(adapter_id.digest, weight) for adapter_id, weight in mix),
+        chat_template=next(iter(templates), None),
+        eos_token_ids=frozenset(itertools.chain(*eos)),
+        generation_defaults=defaults,
+        adapter_names=tuple(dict.fromkeys(part.name for part in parts)),
+        adapters=tuple(adapters),
+    )
+
+
+def _versioned(part: Part) -> str:
+    return part.name if part.version is None else f"{part.name}@{part.version}"
+
+
+def _weighted(name: str, weight: float) -> str:
+    return name if weight == 1 else f"{name}*{weight:g}"

@@ -1,0 +1,113 @@
+"""The `model` field of a request, as a string: BASE, BASE:ADAPTER, BASE:ADAPTER@VERSION, BASE:a*0.7+b*0.3.
+
+Grammar only; whether such adapters exist is `registry.py`'s to say.
+"""
+
+import difflib
+import heapq
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from adapterd.errors import InvalidRequest, ModelNotFound
+
+BASE_ALIAS = "base"
+MAX_PARTS = 8
+MIN_VERSION_LENGTH = 6
+_MAX_WEIGHT = 1000.0
+_MAX_NAMES_SHOWN = 20
+_MAX_NAMES_COMPARED = 256
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PART = re.compile(
+    r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})"
+    r"(?:@(?P<version>[0-9a-f]{1,64}))?"
+    r"(?:\*(?P<weight>-?[0-9]{1,16}(?:\.[0-9]{1,16})?))?"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a composition. `version` is the beginning of a digest."""
+
+    name: str
+    version: str | None
+    weight: float
+
+
+def is_adapter_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def parse_model_name(model: str, *, base_name: str) -> tuple[Part, ...]:
+    """The adapters a model string names, in its order; none for the base itself.
+
+    `base` always stands for the served base, and a bare adapter name needs no base before it. Raises
+    ModelNotFound for another base or what can be no name, InvalidRequest for a bad composition.
+    """
+    if model in (base_name, BASE_ALIAS):
+        return ()
+    expression = model
+    # The base's own name may hold a colon, so it is taken off whole rather than split at one.
+    for prefix in (f"{base_name}:", f"{BASE_ALIAS}:"):
+        if model.startswith(prefix):
+            expression = model[len(prefix) :]
+            break
+    else:
+        if ":" in model:
+            raise ModelNotFound(
+                f"the model {shown(model)} does not exist: the base served here is {base_name!r}",
+                param="model",
+            )
+    pieces = expression.split("+")
+    if len(pieces) > MAX_PARTS:
+        raise InvalidRequest(
+            f"a composition has at most {MAX_PARTS} adapters, not {len(pieces)}", param="model"
+        )
+    return tuple(_parse_part(piece, model) for piece in pieces)
+
+
+def _parse_part(piece: str, model: str) -> Part:
+    match = _PART.fullmatch(piece)
+    if match is None:
+        if "*" in piece:
+            raise InvalidRequest(
+                f"{shown(piece)} in the model {shown(model)} is not NAME*WEIGHT with a decimal weight",
+                param="model",
+            )
+        raise ModelNotFound(f"the model {shown(model)} does not exist", param="model")
+    version, weight = match["version"], float(match["weight"] or 1)
+    if version is not None and len(version) < MIN_VERSION_LENGTH:
+        raise InvalidRequest(
+            f"the version {version!r} is too short: give at least {MIN_VERSION_LENGTH} digits of the digest",
+            param="model",
+        )
+    if weight == 0 or not math.isfinite(weight) or abs(weight) > _MAX_WEIGHT:
+        raise InvalidRequest(
+            f"the weight of {match['name']!r} must not be 0 or beyond {_MAX_WEIGHT:g}; leave out what has no weight",
+            param="model",
+        )
+    return Part(match["name"], version, weight)
+
+
+def shown(text: str) -> str:
+    """What a client sent, quoted for a message: no control characters, no novel."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 160 else f"{quoted[:157]}...'"
+
+
+def nearest_names(wanted: str, names: Iterable[str]) -> Sequence[str]:
+    """At most 20 of the names, the most alike first; cheap even for ten thousand of them."""
+    few = heapq.nsmallest(
+        _MAX_NAMES_COMPARED, names, key=lambda name: (-_shared_beginning(name, wanted), name)
+    )
+    return difflib.get_close_matches(wanted, few, n=_MAX_NAMES_SHOWN, cutoff=0.0)
+
+
+def _shared_beginning(one: str, other: str) -> int:
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

@@ -1,0 +1,114 @@
+"""What the adapter directories hold right now, by looking: names, paths, and a signature that moves with the files.
+
+Polling, not file events: it works alike on network volumes and through the link swaps of Kubernetes.
+Reads no file's content and keeps no state; `registry.py` decides what to load.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE
+from adapterd.model_name import is_adapter_name
+from adapterd.peft_config import CONFIG_FILE
+
+WATCHED_FILES = frozenset(
+    {
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        SEAL_FILE,
+        "adapter_model.bin",
+        "adapter_model.safetensors.index.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Where a folder really is, and name, size, times and inode of each watched file in it.
+
+    Who reads must read `real_path`: the link that led there may point elsewhere by now, and back again.
+    """
+
+    real_path: Path
+    files: tuple[tuple[str, int, int, int, int], ...]
+
+    @property
+    def sealed(self) -> bool:
+        """The folder says itself which bytes belong together, so it can be judged at first sight."""
+        return any(file[0] == SEAL_FILE for file in self.files)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder with an adapter_config.json, under a root."""
+
+    name: str
+    path: Path
+    root: Path
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Scan:
+    """`unreadable` roots could not be listed this time, so what is missing below them proves nothing."""
+
+    found: dict[str, Found]
+    unreadable: frozenset[Path]
+    problems: tuple[str, ...]
+
+
+def scan(roots: Sequence[Path]) -> Scan:
+    """All adapters below the roots: each folder with an adapter_config.json, or a root that is one itself."""
+    found: dict[str, Found] = {}
+    unreadable: set[Path] = set()
+    problems: list[str] = []
+    for root in roots:
+        try:
+            children = [root] if (root / CONFIG_FILE).exists() else _folders(root)
+        except OSError as error:
+            unreadable.add(root)
+            problems.append(f"adapter directory {root} cannot be read: {error.strerror}")
+            continue
+        for child in children:
+            name = child.name or child.resolve().name
+            signature = signature_of(child)
+            if signature is None:
+                continue
+            if not is_adapter_name(name):
+                problems.append(
+                    f"{child} is skipped: an adapter's name has letters, digits, '.', '_' and '-', at most 128"
+                )
+            elif name in found:
+                problems.append(f"{child} is skipped: {found[name].path} has the same name and comes first")
+            else:
+                found[name] = Found(name, child, root, signature)
+    return Scan(found, frozenset(unreadable), tuple(problems))
+
+
+def signature_of(directory: Path) -> Signature | None:
+    """The folder's signature now; None if it has no adapter_config.json, or is just being replaced."""
+    files = []
+    try:
+        real_path = directory.resolve(strict=True)
+        with os.scandir(real_path) as listing:
+            names = sorted(entry.name for entry in listing if entry.name in WATCHED_FILES)
+        for name in names:
+            status = os.stat(real_path / name)
+            files.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return None
+    return Signature(real_path, tuple(files)) if CONFIG_FILE in names else None
+
+
+def _folders(root: Path) -> list[Path]:
+    with os.scandir(root) as listing:
+        # A leading dot is for what is being written (".NAME.tmp") and for ".versions".
+        names = sorted(entry.name for entry in listing if not entry.name.startswith(".") and entry.is_dir())
+    return [root / name for name in names]
