@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import BaseSpec, Request, RequestId
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
 from adapterd.engine.detokenizer import Vocabulary
@@ -59,9 +60,10 @@ class Daemon:
         registry = AdapterRegistry(
             base.spec,
             settings.adapters,
+            tokenizer=renderer.identity,
+            base_fingerprint=base_fingerprint(base.directory),
             on_drop=lambda adapter_id: engine.retire(adapter_id),
             check=lambda adapter: check_fits(runner, adapter),
-            tokenizer_fingerprints=renderer.tokenizer_fingerprints,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings)
         return cls(base.spec, renderer, registry, engine)
