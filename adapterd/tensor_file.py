@@ -95,9 +95,10 @@ def _parse_header(data: bytes, *, data_size: int, path: Path, adapter: str) -> t
             dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise _broken(path, adapter, f"tensor {name!r} lacks dtype, shape or data_offsets") from error
-        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in (*shape, start + 1, end)):
+        well_formed = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+        if not well_formed or type(start) is not int or type(end) is not int or start < 0:
             raise _broken(path, adapter, f"tensor {name!r} has shape {shape} at bytes {start} to {end}")
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise _broken(path, adapter, f"tensor {name!r} has dtype {dtype}; known are {', '.join(_DTYPES)}")
         num_bytes = _DTYPES[dtype].itemsize
         for n in shape:
