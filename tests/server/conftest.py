@@ -25,19 +25,22 @@ def daemon() -> FakeDaemon:
     return FakeDaemon()
 
 
+@pytest.fixture
+def state(daemon: FakeDaemon) -> ServerState:
+    return ServerState(daemon)
+
+
 @asynccontextmanager
-async def asking(daemon: FakeDaemon, **options: object) -> AsyncIterator[httpx.AsyncClient]:
+async def asking(state: ServerState, **options: object) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app in this process, with the rooms started."""
-    state = ServerState(daemon)
-    app = create_app(state, **options)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(state, **options), raise_app_exceptions=False)
     async with state.running(), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
 
 @pytest.fixture
-async def client(daemon: FakeDaemon, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with asking(daemon, allow_runtime_adapters=True) as client:
+async def client(state: ServerState, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with asking(state, allow_runtime_adapters=True) as client:
         yield client
 
 
@@ -58,6 +61,6 @@ def listening(app: Starlette) -> Iterator[str]:
 
 
 @pytest.fixture
-def server_url(daemon: FakeDaemon) -> Iterator[str]:
-    with listening(create_app(ServerState(daemon), allow_runtime_adapters=True)) as url:
+def server_url(state: ServerState) -> Iterator[str]:
+    with listening(create_app(state, allow_runtime_adapters=True)) as url:
         yield url

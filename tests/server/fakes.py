@@ -154,7 +154,10 @@ class FakeRegistry:
 
 
 class FakeEngine:
-    """Gives every sequence the bytes of `answer`, one a step. `step_seconds` slows it down."""
+    """Gives every sequence the bytes of `answer`, one a step.
+
+    `step_seconds` slows it down; while `is_held` it computes nothing; sequences fail after `breaks_at` tokens.
+    """
 
     def __init__(self, answer: str = ANSWER, *, step_seconds: float = 0.0) -> None:
         self.answer = answer.encode()
@@ -164,6 +167,7 @@ class FakeEngine:
         self.running: dict[tuple[RequestId, int], tuple[Request, int]] = {}
         self.refusal: Exception | None = None
         self.breaks_at: int | None = None
+        self.is_held = False
         self._changed = threading.Condition()
         self._stopping = False
         self._stats = STATS
@@ -199,7 +203,7 @@ class FakeEngine:
     def _run(self, deliver: Callable[[list[Output]], None]) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self.running)
+                self._changed.wait_for(lambda: self._stopping or (self.running and not self.is_held))
                 if self._stopping:
                     return
                 outputs = [
