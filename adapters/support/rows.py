@@ -61,7 +61,7 @@ class Counts:
     two_turn: int
 
 
-COUNTS: Mapping[Split, Counts] = {"train": Counts(444, 144, 30), "heldout": Counts(78, 24, 8)}
+COUNTS: Mapping[Split, Counts] = {"train": Counts(515, 156, 36), "heldout": Counts(78, 24, 8)}
 
 _TRIAGE_LEADS: Mapping[Split, tuple[str, ...]] = {
     "train": (
@@ -199,23 +199,27 @@ def draw_ticket(rng: random.Random, sections: Sections, kind_name: str, frame: s
     # Plain qualities that fit any product: the corpus may speak of a leather toaster, a ticket should not.
     quality = f"{rng.choice(_QUALITIES)} " if rng.random() < 0.6 else ""
     slots = {"product": quality + rng.choice(GOODS + DEVICES)} if "{product}" in frame else {}
-    core = fill(rng, frame, slots)
-    clauses = [core[0].upper() + core[1:]]
+    clauses = [_sentence(rng, frame, slots)]
     if kind_name in _ABOUT_AN_ORDER and "order" not in slots and rng.random() < 0.45:
         clauses[0] += " " + fill(rng, sections.draw(rng, "Order note"), slots)
     priority = kind.priority
     raising = _raising_clause(rng, kind, slots)
     if raising is not None:
         priority = "High"
-        clauses.insert(rng.choice((0, 1, 1)), fill(rng, sections.draw(rng, raising), slots))
+        clauses.insert(rng.choice((0, 1, 1)), _sentence(rng, sections.draw(rng, raising), slots))
     elif kind.priority != "High" and kind.reason != PRAISE and rng.random() < 0.15:
-        clauses.append(fill(rng, sections.draw(rng, "Calm"), slots))
+        clauses.append(_sentence(rng, sections.draw(rng, "Calm"), slots))
     sentiment = _draw_sentiment(rng, kind)
     # Praise is happy by its own words, and most neutral tickets have no clause about the mood at all.
     if rng.random() < (0.4 if kind.reason == PRAISE or sentiment == "Neutral" else 1.0):
         clauses.insert(rng.randrange(len(clauses) + 1), fill(rng, sections.draw(rng, sentiment), slots))
     text = _typed(rng, " ".join(clauses))
     return Ticket(text, triage_answer(kind.category, priority, sentiment), reply_answer(kind, slots))
+
+
+def _sentence(rng: random.Random, frame: str, slots: dict[str, str]) -> str:
+    text = fill(rng, frame, slots)
+    return text[0].upper() + text[1:]
 
 
 def _draw_sentiment(rng: random.Random, kind: Kind) -> Sentiment:
