@@ -1,18 +1,24 @@
-"""An app over fakes, asked in-process; and the same app behind a real socket."""
+"""An app over fakes, asked in-process; and the real daemon on a tiny random base, behind a real socket."""
 
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import uvicorn
 from starlette.applications import Starlette
 
+from adapterd.adapter_writer import write_adapter
+from adapterd.config import ServeSettings
+from adapterd.daemon import Daemon
 from adapterd.server.app import create_app
 from adapterd.server.state import ServerState
 from tests.server.fakes import FakeDaemon
+from tests.tiny import spec_of, tiny_llama
 
 
 @pytest.fixture
@@ -60,7 +66,40 @@ def listening(app: Starlette) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture
-def server_url(state: ServerState) -> Iterator[str]:
-    with listening(create_app(state, allow_runtime_adapters=True)) as url:
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama on disk, and beside it a folder "adapters" with "support" and "medical"."""
+    directory = tmp_path_factory.mktemp("real") / "tiny"
+    model = tiny_llama(directory)
+    generator = torch.Generator().manual_seed(1)
+    for name, rank, last_name in (("support", 4, "q_proj"), ("medical", 8, "down_proj")):
+        shapes = {path: shape for path, shape in spec_of(model).lora_targets.items() if last_name in path}
+        tensors = {
+            path: (
+                torch.randn(rank, d_in, generator=generator),
+                torch.randn(d_out, rank, generator=generator),
+            )
+            for path, (d_out, d_in) in shapes.items()
+        }
+        write_adapter(
+            directory.parent / "adapters" / name,
+            tensors,
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=[last_name],
+            base_name="tiny",
+            base_fingerprint=None,
+        )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_base: Path) -> Iterator[str]:
+    """The real daemon on a real socket."""
+    settings = ServeSettings(
+        base=str(tiny_base), adapters=(tiny_base.parent / "adapters",), kv_memory=2**22, adapter_memory=2**22
+    )
+    daemon = Daemon.build(settings)
+    with listening(create_app(ServerState(daemon), allow_runtime_adapters=True)) as url:
+        assert daemon.registry.wait_loaded(30)
         yield url
