@@ -43,13 +43,14 @@ def sample(logits: torch.Tensor, rows: Seq[SamplerRow]) -> list[SampledToken]:
     A row whose logits hold NaN or +inf, or leave nothing to choose, gets an error; its neighbours are untouched.
     """
     raw = logits.float()
-    broken = ~torch.isfinite(raw.amax(-1))
-    chosen = _choose(_adjust(raw, rows), rows)
+    adjusted = _adjust(raw, rows)
+    broken = ~(raw.amax(-1).isfinite() & adjusted.amax(-1).isfinite())
+    chosen = _choose(adjusted, rows)
     logprobs = _chosen_logprobs(raw, rows, chosen)
     results = []
     for row, (token, bad) in enumerate(zip(chosen.tolist(), broken.tolist(), strict=True)):
         if bad:
-            results.append(SampledToken(None, error="the model produced non-finite logits"))
+            results.append(SampledToken(None, error="the logits are non-finite or leave no token"))
         else:
             results.append(SampledToken(token, logprobs.get(row)))
     return results
@@ -118,19 +119,26 @@ def _choose(logits: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
     """int64 [num_rows]: the likeliest token, or one drawn where a row has a temperature."""
     chosen = logits.argmax(-1)
     drawing = [index for index, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
-    if drawing:
-        picked = torch.tensor(drawing, device=logits.device)
-        chosen[picked] = _draw(logits[picked], [rows[index] for index in drawing])
+    # Sorted or not, the same noise finds another token: each row goes the way its own parameters ask for.
+    for is_sorted in (False, True):
+        members = [index for index in drawing if _needs_order(rows[index].params) == is_sorted]
+        if members:
+            picked = torch.tensor(members, device=logits.device)
+            chosen[picked] = _draw(logits[picked], [rows[index] for index in members], is_sorted)
     return chosen
 
 
-def _draw(logits: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
-    """Top-k, then top-p, then min-p on the tempered distribution, then one draw a row."""
+def _needs_order(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1
+
+
+def _draw(logits: torch.Tensor, rows: Seq[SamplerRow], is_sorted: bool) -> torch.Tensor:
+    """Top-k, then top-p (both only if `is_sorted`), then min-p on the tempered distribution, then one draw a row."""
     device = logits.device
     temperature = torch.tensor([row.params.temperature for row in rows], device=device)
     probs = (logits / temperature[:, None]).softmax(-1)
     order = None
-    if any(row.params.top_k or row.params.top_p < 1 for row in rows):
+    if is_sorted:
         # Stable, so that equal probabilities keep the vocabulary's order whatever else is in the batch.
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
         vocab_size = probs.shape[-1]
