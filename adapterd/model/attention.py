@@ -25,7 +25,7 @@ class DecodeGroup:
     """Sequences that add one token each and have about the same context.
 
     rows: int64 [num_rows], their places among the batch's tokens; slots: int64 [num_rows, max_context], padded
-    with slot 0; context_lens: int64 [num_rows].
+    with the row's own first slot; context_lens: int64 [num_rows].
     """
 
     rows: torch.Tensor
@@ -79,7 +79,12 @@ def plan_attention(
             chunks.append(ChunkSpan(start, end, slots.to(device)))
     groups = []
     for members in buckets.values():
-        padded = torch.nn.utils.rnn.pad_sequence([slots_by_sequence[i] for i in members], batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [slots_by_sequence[i] for i in members], batch_first=True, padding_value=-1
+        )
+        # Padding has weight zero, but 0 * NaN is NaN: a row reads no slot but its own, so one sequence whose
+        # values overflow spoils no other.
+        padded = torch.where(padded < 0, padded[:, :1], padded)
         groups.append(
             DecodeGroup(
                 rows=torch.tensor([starts[i] for i in members], device=device),
