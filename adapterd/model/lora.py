@@ -17,6 +17,8 @@ from adapterd.core import AdapterDigest, AdapterId, AdapterMix
 
 _ALIGN_ELEMENTS = 64
 _TYPICAL_RANKS = (8, 16, 32)
+_MAX_MIXES = 1024
+"""Factors are the clients' to choose, so what is kept of mixes needs a bound."""
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b_t: torch.Tensor, scale: float) -> None:
@@ -120,6 +122,8 @@ class LoraBank:
                 for module, parts in self._products[adapter_id.digest].items():
                     scaled = [LoraProduct(part.a, part.b_t, part.scale * factor) for part in parts]
                     merged.setdefault(module, []).extend(scaled)
+            if len(self._mixes) >= _MAX_MIXES:
+                self._mixes.clear()
             found = self._mixes[mix] = {module: tuple(parts) for module, parts in merged.items()}
         return found
 
