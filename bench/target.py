@@ -1,0 +1,181 @@
+"""The server under load: what it is called, how it is started and stopped, and what memory it takes."""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import psutil
+
+_STOP_SECONDS = 30.0
+_SAMPLE_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server as bench/peers/*.toml describe it.
+
+    name: in tables and results. url: its root. model: the base's name in the API. adapter_model: the name of an
+    adapter in the API, with {model} and {adapter} filled in. adapter_field "lora": adapters are chosen by their
+    number in llama.cpp's `lora` field and `model` stays the base's. extra_body: added to every request. start: a
+    command that runs the server until SIGTERM; variables are expanded. ready: the path that answers 200 once it
+    serves. env: added to the command's environment.
+    """
+
+    name: str = "server"
+    url: str = "http://127.0.0.1:8000"
+    model: str = "base"
+    adapter_model: str = "{adapter}"
+    adapter_field: str = "model"
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    ready: str = "/health"
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.adapter_field not in ("model", "lora"):
+            raise ValueError(f"adapter_field {self.adapter_field!r}: allowed are 'model' and 'lora'")
+
+    def body(self, adapter: str | None, index: int, num_adapters: int) -> dict[str, Any]:
+        """What of a request says who answers; `adapter` None is the base."""
+        if self.adapter_field == "lora":
+            scales = [
+                {"id": i, "scale": float(adapter is not None and i == index)} for i in range(num_adapters)
+            ]
+            return {"model": self.model, "lora": scales, **self.extra_body}
+        name = self.model if adapter is None else self.adapter_model.format(model=self.model, adapter=adapter)
+        return {"model": name, **self.extra_body}
+
+
+def read_target(path: Path) -> Target:
+    """A TOML file with the fields of Target. Raises ValueError for another key."""
+    table = tomllib.loads(path.read_text())
+    unknown = table.keys() - {entry.name for entry in fields(Target)}
+    if unknown:
+        raise ValueError(f"{path}: unknown key {', '.join(sorted(unknown))}")
+    return Target(**{"name": path.stem, **table})
+
+
+@dataclass
+class Running:
+    """A server that answers. `pid` is None where nobody said which process it is."""
+
+    target: Target
+    pid: int | None
+    startup_seconds: float | None
+
+
+@contextlib.contextmanager
+def running(target: Target, timeout_seconds: float, pid: int | None = None) -> Iterator[Running]:
+    """Start the target's command and wait until it is ready, or just wait; stop at the end what was started."""
+    if target.start is None:
+        _wait_until_ready(target, timeout_seconds, None)
+        yield Running(target, pid, None)
+        return
+    if _is_ready(target):
+        raise RuntimeError(
+            f"something already answers at {target.url}; stop it, or leave out the start command"
+        )
+    command = ["bash", "-c", f"exec {os.path.expandvars(target.start)}"]
+    with tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **{key: os.path.expandvars(value) for key, value in target.env.items()}},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # so that its whole process group can be ended, and nothing else
+        )
+        try:
+            try:
+                _wait_until_ready(target, timeout_seconds, process)
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}\n{shlex.join(command)}\n{_tail(log)}") from None
+            yield Running(target, process.pid, time.perf_counter() - began)
+        finally:
+            _stop(process)
+
+
+def _is_ready(target: Target) -> bool:
+    try:
+        return httpx.get(target.url + target.ready, timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _wait_until_ready(
+    target: Target, timeout_seconds: float, process: "subprocess.Popen[bytes] | None"
+) -> None:
+    deadline = time.perf_counter() + timeout_seconds
+    while not _is_ready(target):
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"{target.name} left with status {process.returncode} before it was ready")
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"{target.url}{target.ready} did not answer 200 within {timeout_seconds:g} s")
+        time.sleep(0.1)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+            return
+    raise RuntimeError(f"process {process.pid} outlived SIGKILL")
+
+
+def _tail(log: IO[bytes], num_bytes: int = 4000) -> str:
+    log.seek(0, os.SEEK_END)
+    log.seek(max(log.tell() - num_bytes, 0))
+    return log.read().decode(errors="replace")
+
+
+class MemoryPeak:
+    """The highest sum of resident bytes over a process and its children, sampled in a thread while entered.
+
+    Pages that several processes share count once for each, so a server of many processes is shown at its worst.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._pid = pid
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.peak_rss_bytes: int | None = None
+
+    def __enter__(self) -> "MemoryPeak":
+        if self._pid is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._pid is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(_SAMPLE_SECONDS):
+            now = resident_bytes(self._pid or 0)
+            self.peak_rss_bytes = max(self.peak_rss_bytes or 0, now)
+
+
+def resident_bytes(pid: int) -> int:
+    """Of a process and all its children; those that end meanwhile count nothing."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total
