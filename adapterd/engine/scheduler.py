@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from adapterd.core import Batch, RequestId, ScheduledSequence, Sequence, SequenceState
+from adapterd.core import AdapterMix, Batch, RequestId, ScheduledSequence, Sequence, SequenceState
 from adapterd.engine.blocks import BlockPool, hash_blocks
 from adapterd.engine.slots import AdapterSlots
 
@@ -101,13 +101,15 @@ class Scheduler:
 
     def _admit(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
         passed_by: list[Sequence] = []
+        refused: set[AdapterMix] = set()  # pages only become fewer while sequences are admitted
         while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
             sequence = self.waiting[0]
             cached = self._cached_prefix(sequence)
             needed = -(-sequence.num_tokens // self._blocks.block_size) - len(cached)
             if needed > self._blocks.num_free - self._blocks.num_free_among(cached):
                 break
-            if not self._slots.hold(sequence.mix):
+            if sequence.mix in refused or not self._slots.hold(sequence.mix):
+                refused.add(sequence.mix)
                 if self._clock() - sequence.waiting_since_seconds > self._limits.max_adapter_wait_seconds:
                     break
                 passed_by.append(self.waiting.popleft())
