@@ -44,22 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(flags: dict[str, Any]) -> int:
     settings = _settings(ServeSettings, flags)
 
-    from adapterd.daemon import Daemon
-    from adapterd.server.app import create_app
     from adapterd.server.auth import check_exposure, read_key_hashes
-    from adapterd.server.run import bind, print_ready, run, url_of
-    from adapterd.server.state import ServerState
+    from adapterd.server.run import DrainingServer, bind, print_ready, url_of
 
     key_hashes = read_key_hashes(settings.api_key_file) if settings.api_key_file else ()
     check_exposure(settings.host, has_keys=bool(key_hashes), insecure_no_auth=settings.insecure_no_auth)
     listener = bind(settings.host, settings.port)
+
+    from adapterd.daemon import Daemon
+    from adapterd.server.app import create_app
+    from adapterd.server.state import ServerState
+
     state = ServerState(Daemon.build(settings), max_queue=settings.max_queue)
     app = create_app(state, allow_runtime_adapters=settings.allow_runtime_adapters, key_hashes=key_hashes)
 
     def on_ready() -> None:
         print_ready(url_of(listener), state.model_names())
 
-    return run(app, state, listener, drain_timeout=settings.drain_timeout, on_ready=on_ready)
+    server = DrainingServer(app, state, drain_timeout=settings.drain_timeout, on_ready=on_ready)
+    server.run(sockets=[listener])
+    return server.exit_code
 
 
 def train(flags: dict[str, Any]) -> int:
@@ -113,7 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if settings is TrainSettings:
             command.add_argument(
-                "config", nargs="?", type=Path, metavar="RECIPE", help="settings as a TOML file"
+                "config",
+                nargs="?",
+                default=None,
+                type=Path,
+                metavar="RECIPE",
+                help="settings as a TOML file",
             )
         else:
             command.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")

@@ -118,9 +118,7 @@ class TrainSettings(Settings):
         0.1, gt=0, lt=1, description="part of --data held back for early stopping"
     )
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the adapter")
-    out: Path | None = Field(
-        None, description="folder that the adapter is written to (default: that of --data)"
-    )
+    out: Path | None = Field(None, description="the adapter's folder (default: NAME, where --data lies)")
     rank: int = Field(16, ge=1, le=1024, description="rank of the update")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     target_modules: Names = Field(("all-linear",), description="linears to adapt, by last name")

@@ -160,7 +160,14 @@ SERIES: tuple[Series, ...] = (
 class Metrics:
     """The series of one daemon, in a registry of their own."""
 
-    def __init__(self, base_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self,
+        base_name: str,
+        stats: Callable[[], EngineStats],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(base_name, stats))
         own = {series.name: series for series in SERIES if series.value is None}
@@ -180,7 +187,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text format, rendered anew at most every RENDER_SECONDS."""
-        now = time.monotonic()
+        now = self.clock()
         if now - self._rendered_at_seconds >= RENDER_SECONDS:
             self._rendered = generate_latest(self._registry)
             self._rendered_at_seconds = now
@@ -219,7 +226,7 @@ class RequestRecord:
         self._has_failed = False
 
     def observe(self, output: Output) -> None:
-        now = time.monotonic()
+        now = self._metrics.clock()
         key = (output.request_id, output.index)
         if output.token_ids:
             if key in self._last_token_seconds:
@@ -242,7 +249,7 @@ class RequestRecord:
             outcome = "cancelled"
         self._metrics.count("adapterd_requests_total", self._label, outcome)
         self._metrics.count("adapterd_prompt_tokens_total", self._label, by=self._num_prompt_tokens)
-        duration = time.monotonic() - self._arrival_seconds
+        duration = self._metrics.clock() - self._arrival_seconds
         self._metrics.time("adapterd_request_seconds", self._label, duration)
 
 

@@ -234,18 +234,18 @@ class CompletionRequest(Sampling):
         return self
 
 
-class LoadAdapterRequest(BaseModel):
+class LoadAdapterRequest(Body):
     """vLLM's body. Controllers send keys of their own beside it (`base_model_name`), which are let pass."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool = False
 
 
-class UnloadAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+class UnloadAdapterRequest(Body):
+    model_config = ConfigDict(extra="ignore")
 
     lora_name: str = ""
     lora_int_id: int | None = None

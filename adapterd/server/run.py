@@ -18,6 +18,7 @@ _CUT_SECONDS = 2.0
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, not listening yet. Raises ConfigError: better before a model has loaded than after."""
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -26,6 +27,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
         raise ConfigError(reason, param="port") from None
     return listener
@@ -36,43 +39,37 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(
-    app: Starlette,
-    state: ServerState,
-    listener: socket.socket,
-    *,
-    drain_timeout: float,
-    on_ready: Callable[[], None],
-) -> int:
-    """Serve until SIGTERM or SIGINT, or until the engine fails. The exit code: 0, or 1 after a failure."""
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-    )
-    server = _Server(config, state, drain_timeout, on_ready)
-    server.run(sockets=[listener])
-    return 1 if server.has_failed or not server.started else 0
+class DrainingServer(uvicorn.Server):
+    """Serves `app` until SIGTERM or SIGINT, or until the engine fails.
 
-
-class _Server(uvicorn.Server):
-    """uvicorn closes its listener at the first signal; a server behind a balancer has to outlast the news of it."""
+    uvicorn alone closes its listener at the first signal; a server behind a balancer has to outlast the news
+    of it. `on_ready` is called once, when the adapters that were there at the start are read.
+    """
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, drain_timeout: float, on_ready: Callable[[], None]
+        self, app: Starlette, state: ServerState, *, drain_timeout: float, on_ready: Callable[[], None]
     ) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
         super().__init__(config)
-        self.has_failed = False
         self._state = state
         self._drain_timeout = drain_timeout
         self._on_ready = on_ready
         self._is_announced = False
+        self._has_failed = False
         self._deadline_seconds = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self._has_failed or not self.started else 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the drain; a second one ends it at once."""
@@ -86,7 +83,7 @@ class _Server(uvicorn.Server):
         if await super().on_tick(counter):
             return True
         if self._state.daemon.engine.stats().failed is not None:
-            self.has_failed = True
+            self._has_failed = True
             return True
         if not self._is_announced and self._state.is_loaded():
             self._is_announced = True

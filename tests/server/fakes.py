@@ -16,7 +16,7 @@ from adapterd.core import (
     RequestId,
     TokenLogprobs,
 )
-from adapterd.errors import AdapterRefused, Conflict, ModelNotFound
+from adapterd.errors import AdapterRefused, Conflict, InvalidRequest, ModelNotFound
 
 ANSWER = "Grüße!"
 SUPPORT = AdapterId(AdapterDigest("5a" * 32), "support")
@@ -139,6 +139,8 @@ class FakeRegistry:
     def load(self, name: str, path: str, *, inplace: bool) -> AdapterId:
         if name in self.entries and not inplace:
             raise Conflict(f"{name} holds other content")
+        if ".." in path:
+            raise InvalidRequest(f"{path} is no folder below the adapter directories", param="lora_path")
         if "missing" in path:
             raise AdapterRefused(f"no adapter at {path}")
         self.entries[name] = FakeEntry(name, path=path)

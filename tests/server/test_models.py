@@ -1,0 +1,48 @@
+"""GET /v1/models."""
+
+import httpx
+import pytest
+
+from tests.server.fakes import SUPPORT, FakeDaemon, FakeEntry
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_the_base_comes_first_then_each_adapter_with_parent_and_root(client: httpx.AsyncClient) -> None:
+    models = (await client.get("/v1/models")).json()
+    assert models["object"] == "list"
+    base, adapter = models["data"]
+    assert (base["id"], base["root"], base["parent"]) == ("tiny", "models/tiny", None)
+    assert base["max_model_len"] == 200
+    assert adapter == {
+        "id": "tiny:support",
+        "object": "model",
+        "created": 1700000000,
+        "owned_by": "adapterd",
+        "root": "adapters/support",
+        "parent": "tiny",
+        "max_model_len": 200,
+        "digest": SUPPORT.digest,
+    }
+
+
+async def test_an_adapter_that_is_not_ready_is_not_listed(
+    client: httpx.AsyncClient, daemon: FakeDaemon
+) -> None:
+    daemon.registry.entries["new"] = FakeEntry("new", state="LOADING", id=None)
+    assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == [
+        "tiny",
+        "tiny:support",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "id"), [("tiny", "tiny"), ("support", "tiny:support"), ("tiny:support", "tiny:support")]
+)
+async def test_one_model_by_any_of_its_names(client: httpx.AsyncClient, model: str, id: str) -> None:
+    assert (await client.get(f"/v1/models/{model}")).json()["id"] == id
+
+
+async def test_an_unknown_model_is_404(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/models/nobody/here")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

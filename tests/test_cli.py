@@ -1,0 +1,61 @@
+"""The command line, as a person meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adapterd
+from adapterd.cli import EXIT_USAGE, main
+from adapterd.config import COMMANDS, flag
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAPTERD_CONFIG", raising=False)
+
+
+@pytest.mark.parametrize("settings", COMMANDS)
+def test_help_lists_every_setting(settings: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([settings.command, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag(field) in text for field in settings.model_fields)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"adapterd {adapterd.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["serve", "--port", "x"], "adapterd: --port: 'x' should be a valid integer"),
+        (["serve", "--host", "0.0.0.0"], "adapterd: --host 0.0.0.0 can be reached from other machines"),
+        (["serve", "--api-key-file", "nowhere"], "adapterd: cannot read nowhere: No such file"),
+        (["serve", "--config", "nowhere.toml"], "adapterd: cannot read nowhere.toml: No such file"),
+        (["train", "--name", "x"], "adapterd: --data is required"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_traceback(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert error.startswith(line)
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "--prot", "1"])
+    assert left.value.code == EXIT_USAGE
+
+
+def test_help_loads_no_model_library() -> None:
+    code = "import sys, adapterd.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    root = Path(adapterd.__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
