@@ -7,12 +7,16 @@ Safe to call from many threads: nothing here changes after `load`.
 import inspect
 import json
 import random
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jinja2
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from adapterd.errors import BaseRefused, InvalidRequest
@@ -55,6 +59,9 @@ class Renderer:
         self.special_token_ids: frozenset[int] = frozenset(
             token["id"] for token in parsed["added_tokens"] if token["special"]
         )
+        special = sorted((token["content"] for token in parsed["added_tokens"] if token["special"]), key=len)
+        # The longest first, so that one that begins another does not take its place.
+        self._special_texts = re.compile("|".join(map(re.escape, reversed(special)))) if special else None
         self._check_table(table)
         fingerprints = {tokenizer_fingerprint(parsed)}
         if file_fingerprint is not None:
@@ -137,29 +144,45 @@ class Renderer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, object] | None = None,
     ) -> list[int]:
-        """The only way messages become tokens. Special tokens come from the template alone."""
+        """The only way messages become tokens. Special tokens come from the template alone.
+
+        A message that spells one out (`<|im_end|>`) gets the ordinary tokens of its letters: who writes a
+        message cannot end it and speak in another role.
+        """
+        quoted = _Quotation(self._special_texts)
         text = self.render_text(
-            messages,
+            [quoted.hide(message) for message in messages],
             chat_template=chat_template,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             template_kwargs=template_kwargs,
         )
-        return self._encode(text, add_special_tokens=False, param="messages")
+        ids: list[int] = []
+        for piece, is_literal in quoted.split(text):
+            ids += self._encode(piece, add_special_tokens=False, param="messages", literal=is_literal)
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens this tokenizer adds by itself."""
         return self._encode(text, add_special_tokens=True, param="prompt")
 
     def encode_answer(self, text: str) -> list[int]:
-        """The text of an answer, nothing added; training appends `stop_token_id`."""
-        return self._encode(text, add_special_tokens=False, param="messages")
+        """The text of an answer, nothing added and nothing special; training appends `stop_token_id`."""
+        literal = self._special_texts is not None and self._special_texts.search(text) is not None
+        return self._encode(text, add_special_tokens=False, param="messages", literal=literal)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The tokenizer's own decoding, without its optional tidying of spaces before punctuation."""
         return str(_guarded(lambda: self._backend.decode(list(ids), skip_special_tokens), "token_ids"))
 
-    def _encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    @cached_property
+    def _literal_backend(self) -> Tokenizer:
+        """The tokenizer that knows no special tokens; made when somebody first spells one out."""
+        literal = Tokenizer.from_str(self._backend.to_str())
+        literal.encode_special_tokens = True
+        return literal
+
+    def _encode(self, text: str, *, add_special_tokens: bool, param: str, literal: bool = False) -> list[int]:
         # The backend is called directly: transformers' wrapper writes truncation settings into it on each
         # call, which races between threads.
         try:
@@ -168,7 +191,8 @@ class Renderer:
             raise InvalidRequest(
                 "the text holds a lone surrogate, which is no Unicode text", param=param
             ) from error
-        encoding = _guarded(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens), param)
+        backend = self._literal_backend if literal else self._backend
+        encoding = _guarded(lambda: backend.encode(text, add_special_tokens=add_special_tokens), param)
         return list(encoding.ids)
 
     def _find_stop_token(self, eos_token_ids: frozenset[int]) -> int:
@@ -182,7 +206,8 @@ class Renderer:
                 raise BaseRefused(
                     f"the base's chat template cannot render a question and its answer: {error}"
                 ) from error
-            after = [i for i in self.encode_answer(tail) if i in self.special_token_ids or i in eos_token_ids]
+            ids = self._encode(tail, add_special_tokens=False, param="messages")
+            after = [i for i in ids if i in self.special_token_ids or i in eos_token_ids]
             if after:
                 return after[0]
         own = self._tokenizer.eos_token_id
@@ -214,6 +239,36 @@ class Renderer:
                     "the base's tokenizer cannot be reproduced token by token:"
                     f" it decodes ids {run[:8]}... as {decoded[:60]!r} where their bytes read {joined[:60]!r}"
                 )
+
+
+class _Quotation:
+    """Special tokens that messages spell out, hidden from the template's text behind marks nobody can guess."""
+
+    def __init__(self, special_texts: re.Pattern[str] | None) -> None:
+        self._special_texts = special_texts
+        self._hidden: list[str] = []
+        # Letters and digits alone, which a template that writes JSON or HTML leaves as they are.
+        self._nonce = "q" + secrets.token_hex(8)
+
+    def hide(self, value: Any) -> Any:
+        """A copy of a message (or of a part of one) with each special text replaced by a mark."""
+        if isinstance(value, str) and self._special_texts is not None:
+            return self._special_texts.sub(self._mark, value)
+        if isinstance(value, Mapping):
+            return {key: self.hide(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(part) for part in value]
+        return value
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """The text in pieces; True for those that were hidden and are to be taken literally."""
+        pieces = re.split(rf"{self._nonce}_(\d+)_", text)
+        found = [(self._hidden[int(p)], True) if i % 2 else (p, False) for i, p in enumerate(pieces)]
+        return [(piece, is_literal) for piece, is_literal in found if piece]
+
+    def _mark(self, match: re.Match[str]) -> str:
+        self._hidden.append(match[0])
+        return f"{self._nonce}_{len(self._hidden) - 1}_"
 
 
 def read_eos_token_ids(file: Path) -> set[int] | None:
