@@ -1,0 +1,67 @@
+"""The README is true: its transcript is made again, and each of its commands is run as it stands there."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving import served
+from tests.transcript import README, ROOT, make_transcript, transcript_in
+
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+NEEDS_SERVER = [code for language, code in BLOCKS if language == "sh" and "localhost:8000" in code]
+STANDS_ALONE = [code for language, code in BLOCKS if language == "sh" and "localhost:8000" not in code]
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with served("--adapters", str(ROOT / "adapters"), "--allow-runtime-adapters", cwd=ROOT) as address:
+        yield address
+
+
+def run(command: list[str], *, cwd: Path = ROOT) -> str:
+    """In a shell whose `adapterd` and `python` are those under test."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_transcript_is_what_the_models_say(url: str) -> None:
+    assert make_transcript(url) == transcript_in(TEXT)
+
+
+@pytest.mark.parametrize("code", NEEDS_SERVER)
+def test_commands_to_a_running_daemon_work(code: str, url: str) -> None:
+    out = run(["bash", "-euc", code.replace("http://localhost:8000", url)])
+    assert '"error"' not in out
+
+
+@pytest.mark.parametrize("code", PYTHON)
+def test_python_examples_work(code: str, url: str) -> None:
+    assert run([sys.executable, "-W", "error", "-c", code.replace("http://localhost:8000", url)])
+
+
+@pytest.mark.parametrize("code", STANDS_ALONE)
+def test_other_commands_work_on_a_copy(code: str, tmp_path: Path) -> None:
+    """Training and evaluation, cut short; `make` targets are looked up, not run, since one of them runs this."""
+    for name in ("adapters", "adapterd", "Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for line in code.strip().splitlines():
+        command = line.partition("#")[0].strip()
+        if command.startswith("make "):
+            run(["make", "--dry-run", *command.split()[1:]], cwd=tmp_path)
+        elif command.startswith("adapterd serve"):
+            run(["bash", "-euc", command + " --help"], cwd=tmp_path)
+        elif command.startswith("adapterd train"):
+            run(["bash", "-euc", command + " --epochs 1"], cwd=tmp_path)
+        else:
+            run(["bash", "-euc", command], cwd=tmp_path)
