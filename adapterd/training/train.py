@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from adapterd.adapter import read_adapter
 from adapterd.adapter_writer import base_fingerprint, write_adapter
 from adapterd.core import BaseSpec
-from adapterd.errors import AdapterdError, InvalidRequest
+from adapterd.errors import AdapterdError, BaseRefused, InvalidRequest
 from adapterd.model.base import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import Batch, collate, epoch_batches, micro_batches, num_labels, summed_loss
@@ -116,6 +116,7 @@ def train(recipe: Recipe) -> Path:
     """
     # Rows to tokens: every problem is found before the base is loaded.
     base_directory = find_base(recipe.base)
+    fingerprint = base_fingerprint(base_directory)
     renderer = Renderer.load(base_directory)
     rows = read_rows(recipe.data)
     if recipe.heldout is not None:
@@ -133,6 +134,8 @@ def train(recipe: Recipe) -> Path:
         validation_path = recipe.data
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     model = _load_frozen_base(base_directory, recipe.dtype, device)
+    if base_fingerprint(base_directory) != fingerprint:
+        raise BaseRefused(f"the base in {base_directory} was rewritten while it was read; start again")
     max_length = recipe.max_length or int(model.config.get_text_config().max_position_embeddings)
     examples = encode_rows(training_rows, renderer, max_length=max_length, path=recipe.data)
     held_back = encode_rows(validation_rows, renderer, max_length=max_length, path=validation_path)
@@ -234,7 +237,6 @@ def train(recipe: Recipe) -> Path:
         for path in sorted({name.partition(".lora_")[0] for name in best.weights})
     }
     directory = output_directory(recipe)
-    fingerprint = base_fingerprint(base_directory)
     write_adapter(
         directory,
         tensors,

