@@ -27,7 +27,7 @@ class Recipe:
         0.25  # of the user tokens are scored, at user_weight / user_share: same mean, less head work
     )
     warmup_steps: int = 40
-    decay_share: float = 0.35  # of the budget
+    decay_share: float = 0.3  # of the budget
     induction_cap: float = 0.25  # of the budget
     induction_length: int = 64
     induction_rows: int = 32

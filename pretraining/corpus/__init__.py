@@ -7,18 +7,22 @@ same seed gives the same chats. The adapters' output formats never occur in it.
 import random
 from collections.abc import Callable, Iterator
 
-from pretraining.corpus import drills, medical, moderation, small_talk, support
+from pretraining.corpus import drills, medical, moderation, quizzes, small_talk, support
 from pretraining.corpus.drills import Message
 
 Source = Callable[[random.Random], list[Message]]
 
 # Shares of the chats, not of the tokens.
 MIXTURE: dict[str, tuple[Source, float]] = {
-    "support": (support.conversation, 0.26),
-    "moderation": (moderation.conversation, 0.18),
-    "medical": (medical.conversation, 0.28),
-    "drills": (drills.drill, 0.21),
-    "small_talk": (small_talk.conversation, 0.07),
+    "support": (support.conversation, 0.14),
+    "ticket_quiz": (quizzes.ticket_quiz, 0.14),
+    "mood_quiz": (quizzes.mood_quiz, 0.04),
+    "topic_quiz": (quizzes.topic_quiz, 0.04),
+    "moderation": (moderation.conversation, 0.12),
+    "post_quiz": (quizzes.post_quiz, 0.09),
+    "medical": (medical.conversation, 0.21),
+    "drills": (drills.drill, 0.20),
+    "small_talk": (small_talk.conversation, 0.04),
 }
 
 SYSTEM_SHARE = 0.08
