@@ -19,7 +19,8 @@ from adapterd.core import EngineStats, Output, Request
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
 RENDER_SECONDS = 0.02
-"""Endpoint pickers scrape twenty times a second each; what they get may be this old."""
+"""Endpoint pickers scrape twenty times a second each; what they get may be this old, or, where there are so
+many series that rendering takes long, ten times as old as that takes."""
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -39,122 +40,54 @@ class Series:
     value: Callable[[EngineStats], float] | None = None
 
 
-def _held_fraction(stats: EngineStats) -> float:
+def _gauge(name: str, help: str, value: Callable[[EngineStats], float]) -> Series:
+    return Series(name, help, "gauge", ("model_name",), value=value)
+
+
+def _counter(name: str, help: str, value: Callable[[EngineStats], float]) -> Series:
+    return Series(name, help, "counter", ("model_name",), value=value)
+
+
+def _by_adapter(name: str, help: str, *buckets: float, more: tuple[str, ...] = ()) -> Series:
+    return Series(name, help, "histogram" if buckets else "counter", ("adapter", *more), buckets)
+
+
+def _kv_usage(stats: EngineStats) -> float:
     return stats.kv_blocks_held / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
 
 
+# fmt: off
 SERIES: tuple[Series, ...] = (
-    # read by the endpoint picker
-    Series(
-        "vllm:num_requests_waiting",
-        "Sequences waiting to run.",
-        "gauge",
-        value=lambda s: s.num_waiting,
-    ),
-    Series("vllm:num_requests_running", "Sequences running.", "gauge", value=lambda s: s.num_running),
-    Series(
-        "vllm:kv_cache_usage_perc", "Part of the KV memory in use, 0 to 1.", "gauge", value=_held_fraction
-    ),
+    # what the endpoint picker reads
+    _gauge("vllm:num_requests_waiting", "Sequences waiting to run.", lambda s: s.num_waiting),
+    _gauge("vllm:num_requests_running", "Sequences running.", lambda s: s.num_running),
+    _gauge("vllm:kv_cache_usage_perc", "Part of the KV memory in use, 0 to 1.", _kv_usage),
     # the engine
-    Series("adapterd_queue_requests", "Sequences waiting to run.", "gauge", value=lambda s: s.num_waiting),
-    Series("adapterd_kv_blocks", "KV blocks.", "gauge", value=lambda s: s.kv_blocks_total),
-    Series(
-        "adapterd_kv_blocks_held",
-        "KV blocks of running sequences.",
-        "gauge",
-        value=lambda s: s.kv_blocks_held,
-    ),
-    Series(
-        "adapterd_kv_blocks_cached",
-        "Free KV blocks that still hold a reusable prefix.",
-        "gauge",
-        value=lambda s: s.kv_blocks_cached,
-    ),
-    Series(
-        "adapterd_adapter_memory_bytes",
-        "Device memory for adapters.",
-        "gauge",
-        value=lambda s: s.adapter_bytes_total,
-    ),
-    Series(
-        "adapterd_adapter_resident_bytes",
-        "Device memory that adapters occupy.",
-        "gauge",
-        value=lambda s: s.adapter_bytes_resident,
-    ),
-    Series(
-        "adapterd_adapter_held_bytes",
-        "Device memory of adapters that running sequences use.",
-        "gauge",
-        value=lambda s: s.adapter_bytes_held,
-    ),
-    Series(
-        "adapterd_resident_adapters", "Adapters in device memory.", "gauge", value=lambda s: len(s.resident)
-    ),
-    Series("adapterd_steps_total", "Steps of the engine.", "counter", value=lambda s: s.num_steps),
-    Series(
-        "adapterd_computed_tokens_total",
-        "Tokens computed, prompts included.",
-        "counter",
-        value=lambda s: s.num_tokens_computed,
-    ),
-    Series(
-        "adapterd_preemptions_total",
-        "Sequences set back for want of KV memory.",
-        "counter",
-        value=lambda s: s.num_preemptions,
-    ),
-    Series(
-        "adapterd_prefix_query_tokens_total",
-        "Prompt tokens looked up in the prefix cache.",
-        "counter",
-        value=lambda s: s.num_prefix_query_tokens,
-    ),
-    Series(
-        "adapterd_prefix_hit_tokens_total",
-        "Prompt tokens found in the prefix cache.",
-        "counter",
-        value=lambda s: s.num_prefix_hit_tokens,
-    ),
-    Series(
-        "adapterd_adapter_uploads_total",
-        "Adapters moved to the device.",
-        "counter",
-        value=lambda s: s.num_uploads,
-    ),
-    Series(
-        "adapterd_adapter_evictions_total",
-        "Adapters that left the device.",
-        "counter",
-        value=lambda s: s.num_evictions,
-    ),
-    # requests, by adapter
-    Series("adapterd_requests_total", "Requests that ended.", "counter", labels=("adapter", "outcome")),
-    Series("adapterd_prompt_tokens_total", "Tokens of prompts.", "counter", labels=("adapter",)),
-    Series("adapterd_output_tokens_total", "Tokens of answers.", "counter", labels=("adapter",)),
-    Series(
-        "adapterd_time_to_first_token_seconds",
-        "From a request's arrival to its first token.",
-        "histogram",
-        labels=("adapter",),
-        buckets=_LATENCY,
-    ),
-    Series(
-        "adapterd_inter_token_seconds",
-        "Between two tokens of one sequence.",
-        "histogram",
-        labels=("adapter",),
-        buckets=_TOKEN,
-    ),
-    Series(
-        "adapterd_request_seconds",
-        "From a request's arrival to its end.",
-        "histogram",
-        labels=("adapter",),
-        buckets=_LATENCY,
-    ),
-    Series("adapterd_errors_total", "Error answers, by code.", "counter", labels=("code",)),
+    _gauge("adapterd_queue_requests", "Sequences waiting to run.", lambda s: s.num_waiting),
+    _gauge("adapterd_kv_blocks", "KV blocks.", lambda s: s.kv_blocks_total),
+    _gauge("adapterd_kv_blocks_held", "KV blocks of running sequences.", lambda s: s.kv_blocks_held),
+    _gauge("adapterd_kv_blocks_cached", "Free KV blocks with a prefix to reuse.", lambda s: s.kv_blocks_cached),
+    _gauge("adapterd_adapter_memory_bytes", "Memory for adapters.", lambda s: s.adapter_bytes_total),
+    _gauge("adapterd_adapter_resident_bytes", "Memory adapters occupy.", lambda s: s.adapter_bytes_resident),
+    _gauge("adapterd_adapter_held_bytes", "Memory of adapters in use.", lambda s: s.adapter_bytes_held),
+    _gauge("adapterd_resident_adapters", "Adapters in device memory.", lambda s: len(s.resident)),
+    _counter("adapterd_steps_total", "Steps of the engine.", lambda s: s.num_steps),
+    _counter("adapterd_computed_tokens_total", "Tokens computed.", lambda s: s.num_tokens_computed),
+    _counter("adapterd_preemptions_total", "Sequences set back for memory.", lambda s: s.num_preemptions),
+    _counter("adapterd_prefix_query_tokens_total", "Prefix cache: tokens sought.", lambda s: s.num_prefix_query_tokens),
+    _counter("adapterd_prefix_hit_tokens_total", "Prefix cache: tokens found.", lambda s: s.num_prefix_hit_tokens),
+    _counter("adapterd_adapter_uploads_total", "Adapters moved to the device.", lambda s: s.num_uploads),
+    _counter("adapterd_adapter_evictions_total", "Adapters that left the device.", lambda s: s.num_evictions),
+    # requests
+    _by_adapter("adapterd_requests_total", "Requests that ended.", more=("outcome",)),
+    _by_adapter("adapterd_prompt_tokens_total", "Tokens of prompts."),
+    _by_adapter("adapterd_output_tokens_total", "Tokens of answers."),
+    _by_adapter("adapterd_time_to_first_token_seconds", "From arrival to the first token.", *_LATENCY),
+    _by_adapter("adapterd_inter_token_seconds", "Between two tokens of a sequence.", *_TOKEN),
+    _by_adapter("adapterd_request_seconds", "From arrival to the end.", *_LATENCY),
+    Series("adapterd_errors_total", "Error answers.", "counter", ("code",)),
 )
+# fmt: on
 
 
 class Metrics:
@@ -183,14 +116,15 @@ class Metrics:
         }
         self._labels: set[str] = set()
         self._rendered = b""
-        self._rendered_at_seconds = -RENDER_SECONDS
+        self._render_again_seconds = 0.0
 
     def render(self) -> bytes:
-        """The text format, rendered anew at most every RENDER_SECONDS."""
-        now = self.clock()
-        if now - self._rendered_at_seconds >= RENDER_SECONDS:
+        """The text format, a fraction of a second old at most."""
+        began = self.clock()
+        if began >= self._render_again_seconds:
             self._rendered = generate_latest(self._registry)
-            self._rendered_at_seconds = now
+            now = self.clock()
+            self._render_again_seconds = now + max(RENDER_SECONDS, 10 * (now - began))
         return self._rendered
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
@@ -267,7 +201,7 @@ class _EngineCollector(Collector):
         for series in SERIES:
             if series.value is not None:
                 family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
-                metric = family(series.name, series.help, labels=("model_name",))
+                metric = family(series.name, series.help, labels=series.labels)
                 metric.add_metric((self._base_name,), series.value(stats))
                 yield metric
         yield self._cache_config(stats)

@@ -17,6 +17,15 @@ _PARSE_BESIDE_LOOP_BYTES = 64 * 2**10
 """Above this, parsing would hold up the other streams for more than a millisecond."""
 
 
+BODY_TIMEOUT_SECONDS = 60.0
+
+
+class BodyTooSlow(AdapterdError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(AdapterdError):
     status = 413
     type = "invalid_request_error"
@@ -29,18 +38,24 @@ class UnsupportedMediaType(AdapterdError):
     code = "unsupported_media_type"
 
 
-async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
+async def read_json(
+    request: Request, *, max_bytes: int = MAX_BODY_BYTES, timeout_seconds: float = BODY_TIMEOUT_SECONDS
+) -> dict[str, Any]:
     """The body as a JSON object.
 
-    Raises BodyTooLarge before buffering more than `max_bytes`, UnsupportedMediaType for anything but plain
-    JSON, InvalidRequest for what is not one valid UTF-8 JSON object.
+    Raises BodyTooLarge before buffering more than `max_bytes`, BodyTooSlow, UnsupportedMediaType for anything
+    but plain JSON, InvalidRequest for what is not one valid UTF-8 JSON object.
     """
     _check_headers(request, max_bytes)
     body = bytearray()
-    async for chunk in _chunks(request):
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(f"the body is larger than {max_bytes} bytes")
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            async for chunk in _chunks(request):
+                body += chunk
+                if len(body) > max_bytes:
+                    raise BodyTooLarge(f"the body is larger than {max_bytes} bytes")
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not arrive within {timeout_seconds:g} seconds") from None
     if len(body) > _PARSE_BESIDE_LOOP_BYTES:
         return await asyncio.to_thread(parse_json, bytes(body))
     return parse_json(bytes(body))

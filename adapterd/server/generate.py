@@ -63,9 +63,12 @@ class Generate(Generic[B]):
         self._dialect: Dialect[B] = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = validate(self._dialect.body, await read_json(HttpRequest(scope, receive)))
-        with self._state.drain.running():
-            await unless_disconnected(receive, self._respond(body, scope, receive, send))
+        try:
+            body = validate(self._dialect.body, await read_json(HttpRequest(scope, receive)))
+            with self._state.drain.running():
+                await unless_disconnected(receive, self._respond(body, scope, receive, send))
+        except ClientDisconnect:
+            return  # nobody is there to be told, and it is no error of ours to log
 
     async def _respond(self, body: B, scope: Scope, receive: Receive, send: Send) -> None:
         daemon = self._state.daemon

@@ -53,7 +53,7 @@ async def client(state: ServerState, anyio_backend: str) -> AsyncIterator[httpx.
 @contextmanager
 def listening(app: Starlette) -> Iterator[str]:
     """Serve `app` on a free port of this machine; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,13 +1,18 @@
 """Bodies that are no plain JSON object are refused quickly, with the right status, before anything reads them."""
 
+import asyncio
 import json
 import time
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
 from adapterd.errors import InvalidRequest
-from adapterd.server.body import MAX_BODY_BYTES, parse_json
+from adapterd.server.body import MAX_BODY_BYTES, BodyTooSlow, parse_json, read_json
+from adapterd.server.protocol import CompletionRequest
+from adapterd.server.validation import validate
 
 JSON = {"content-type": "application/json"}
 
@@ -45,9 +50,6 @@ def test_a_surrogate_pair_is_one_character() -> None:
 
 
 def test_a_huge_exponent_is_refused_by_the_field_not_served_as_infinity() -> None:
-    from adapterd.server.protocol import CompletionRequest
-    from adapterd.server.validation import validate
-
     body = parse_json(b'{"model": "m", "prompt": "x", "temperature": 1e999}')
     with pytest.raises(InvalidRequest, match="temperature"):
         validate(CompletionRequest, body)
@@ -86,3 +88,15 @@ async def test_a_large_body_within_the_limit_is_read(client: httpx.AsyncClient) 
     body = {"model": "tiny", "prompt": [1] * 200_000}
     response = await client.post("/v1/completions", json=body)
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.anyio
+async def test_a_body_that_does_not_come_is_given_up() -> None:
+    async def receive() -> Message:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "headers": headers}, receive)
+    with pytest.raises(BodyTooSlow, match=r"within 0\.05 seconds"):
+        await read_json(request, timeout_seconds=0.05)

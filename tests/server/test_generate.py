@@ -152,7 +152,11 @@ class RawClient:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("answer", ["x" * 150, ""], ids=["in the middle", "before the first token"])
 def test_a_client_that_goes_away_frees_its_sequences(
-    state: ServerState, daemon: FakeDaemon, stream: bool, answer: str
+    state: ServerState,
+    daemon: FakeDaemon,
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
+    answer: str,
 ) -> None:
     daemon.engine.answer = answer.encode()
     daemon.engine.step_seconds = 0.02
@@ -165,3 +169,4 @@ def test_a_client_that_goes_away_frees_its_sequences(
         eventually(lambda: not daemon.registry.leases and len(state.streams) == 0)
         assert state.drain.num_running == 0
         assert b'adapterd_requests_total{adapter="base",outcome="cancelled"} 1.0' in state.metrics.render()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
