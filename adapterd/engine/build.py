@@ -62,7 +62,8 @@ class WeightsInUse:
 
     def get(self, adapter_id: AdapterId) -> Adapter:
         """Weights of an adapter that some unfinished sequence runs."""
-        return self._held[adapter_id][0]
+        with self._lock:
+            return self._held[adapter_id][0]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.outputs import OutputBuilder
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
 from adapterd.engine.slots import AdapterSlots
-from adapterd.errors import ContextLengthExceeded, Overloaded, Unavailable
+from adapterd.errors import AdapterRefused, ContextLengthExceeded, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -104,15 +104,20 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request whose adapters the caller has leased; from here on the engine holds their weights.
 
-        Raises ContextLengthExceeded, Overloaded (queue full) or Unavailable (engine dead).
+        Raises ContextLengthExceeded, AdapterRefused (adapter memory cannot hold its adapters together),
+        Overloaded (queue full) or Unavailable (engine dead or stopping).
         """
         self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
+        self._check_adapters(request.mix)
         with self._changed:
             if self._failed is not None:
                 raise Unavailable(f"the engine has stopped: {self._failed}")
-            if self._stats.num_waiting + self._num_submitted + request.num_sequences > self._max_queue:
+            if self._stopping:
+                raise Unavailable("the engine is stopping")
+            num_waiting = self._stats.num_waiting + self._num_submitted
+            if num_waiting + request.num_sequences > self._max_queue:
                 raise Overloaded(
-                    f"{self._stats.num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
+                    f"{num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
                     "try again in a moment"
                 )
             for _ in range(request.num_sequences):
@@ -128,6 +133,21 @@ class Engine:
                 f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; together they must "
                 f"be within the context of {self.max_model_len} tokens, and the prompt must not be empty",
                 param="max_tokens" if 0 < num_prompt_tokens < self.max_model_len else "messages",
+            )
+
+    def _check_adapters(self, mix: AdapterMix) -> None:
+        """A mix that cannot be resident at once would wait for ever, and in time keep everyone behind it out."""
+        memory = self._memory
+        self._weights.hold(mix)
+        needed = sum(memory.pages_of(adapter_id) for adapter_id in {adapter_id for adapter_id, _ in mix})
+        self._weights.release(mix)
+        if needed > memory.num_adapter_pages:
+            names = " and ".join(f"'{adapter_id.name}'" for adapter_id, _ in mix)
+            mib = memory.adapter_page_bytes / 2**20
+            raise AdapterRefused(
+                f"{names} need {needed * mib:.1f} MiB of adapter memory at once and the budget is "
+                f"{memory.num_adapter_pages * mib:.1f} MiB; start with a larger --adapter-memory",
+                param="model",
             )
 
     def abort(self, request_id: RequestId) -> None:
@@ -161,8 +181,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One turn of the crank."""
-        self._take_inbox()
-        batch = self._scheduler.schedule()
+        batch = self._schedule()
         sampled = self._runner.run(batch)
         built = self._outputs.build(batch, sampled)
         finished = [sequence for sequence, output in built if output.finish_reason is not None]
@@ -206,12 +225,23 @@ class Engine:
             self._inbox.append(wish)
             self._changed.notify()
 
-    def _take_inbox(self) -> None:
+    def _schedule(self) -> Batch:
+        num_taken = self._take_inbox()
+        batch = self._scheduler.schedule()
+        with self._changed:
+            # From here on the stats say who waits: a long step must not hide anyone from the queue's bound.
+            self._num_submitted -= num_taken
+            self._stats = self._snapshot()
+        return batch
+
+    def _take_inbox(self) -> int:
+        """Do what other threads asked for; returns how many sequences they had submitted."""
         with self._changed:
             wishes, self._inbox = self._inbox, deque()
-            self._num_submitted = 0
+            num_taken = self._num_submitted
         for wish in wishes:
             wish()
+        return num_taken
 
     def _begin(self, request: Request) -> None:
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
