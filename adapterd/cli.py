@@ -116,34 +116,31 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
         if settings is TrainSettings:
-            command.add_argument(
-                "config",
-                nargs="?",
-                default=None,
-                type=Path,
-                metavar="RECIPE",
-                help="settings as a TOML file",
-            )
+            recipe = "settings as a TOML file; its relative paths start where it lies"
+            command.add_argument("config", nargs="?", default=None, type=Path, metavar="RECIPE", help=recipe)
         else:
             command.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")
         for field in sorted(
             settings.model_fields, key="log_level".__eq__
         ):  # what all commands share comes last
-            _add_flag(command, field, settings.model_fields[field])
+            is_positional = settings is EvalSettings and field == "adapters"
+            _add_argument(command, field, settings.model_fields[field], is_positional=is_positional)
     commands.add_parser("version", help="print the version").set_defaults(run=version)
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: str, info: FieldInfo) -> None:
+def _add_argument(
+    parser: argparse.ArgumentParser, field: str, info: FieldInfo, *, is_positional: bool
+) -> None:
     """Values stay text: the settings check them, wherever they come from."""
-    options: dict[str, Any] = {"help": _help(info)}
     if info.annotation is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        parser.add_argument(flag(field), action=argparse.BooleanOptionalAction, help=_help(info))
+    elif is_positional:
+        parser.add_argument(field, nargs="*", metavar=_metavar(info), help=_help(info))
+    elif takes_many(info.annotation):
+        parser.add_argument(flag(field), nargs="+", action="extend", metavar=_metavar(info), help=_help(info))
     else:
-        options["metavar"] = _metavar(info)
-        if takes_many(info.annotation):
-            options |= {"nargs": "+", "action": "extend"}
-    parser.add_argument(flag(field), **options)
+        parser.add_argument(flag(field), metavar=_metavar(info), help=_help(info))
 
 
 def _help(info: FieldInfo) -> str:

@@ -73,7 +73,7 @@ class EngineSettings(Settings):
     served_name: str | None = Field(
         None, description="name of the base in the API (default: its last path part)"
     )
-    adapters: Paths = Field((), description="directories of adapters, one folder each")
+    adapters: Paths = Field((), description="folders of adapters, or folders that hold them")
     dtype: DType = Field("auto", description="type to compute in (auto: the checkpoint's; float32 on a CPU)")
     device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
     kv_memory: Bytes | None = Field(

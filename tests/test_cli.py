@@ -8,7 +8,7 @@ import pytest
 
 import adapterd
 from adapterd.cli import EXIT_USAGE, main
-from adapterd.config import COMMANDS, flag
+from adapterd.config import COMMANDS, EvalSettings, flag
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,8 @@ def test_help_lists_every_setting(settings: type, capsys: pytest.CaptureFixture[
         main([settings.command, "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert all(flag(field) in text for field in settings.model_fields)
+    positional = {"adapters"} if settings is EvalSettings else set()
+    assert all(flag(field) in text for field in settings.model_fields.keys() - positional)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +39,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--api-key-file", "nowhere"], "adapterd: cannot read nowhere: No such file"),
         (["serve", "--config", "nowhere.toml"], "adapterd: cannot read nowhere.toml: No such file"),
         (["train", "--name", "x"], "adapterd: --data is required"),
+        (["train", "nowhere.toml"], "adapterd: cannot read nowhere.toml: No such file"),
+        (["eval", "nowhere", "--limit", "0"], "adapterd: --limit: '0' should be greater than or equal to 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(
