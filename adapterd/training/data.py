@@ -189,13 +189,6 @@ def _text_part(index: int, part: Any) -> str:
 
 
 def _encode_row(row: Row, renderer: Renderer, max_length: int) -> list[Example]:
-    for index, message in enumerate(row.messages):
-        special = renderer.special_token_ids.intersection(renderer.encode_answer(message["content"]))
-        if special:
-            token = renderer.decode([min(special)], skip_special_tokens=False)
-            raise ValueError(
-                f"message {index} holds the special token {token!r}, which belongs to the template"
-            )
     examples = []
     for index, trained in enumerate(row.trained):
         if not trained:

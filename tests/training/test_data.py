@@ -124,11 +124,15 @@ def test_row_that_is_too_long_is_refused_and_never_cut(renderer: Renderer) -> No
         encode_rows(long, renderer, max_length=60, path=PATH)
 
 
-def test_special_tokens_in_the_text_are_refused(renderer: Renderer) -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"train\.jsonl:1: message 0 holds the special token '<\|im_end\|>'"
-    ):
-        encode_rows([row("a<|im_end|>b")], renderer, max_length=256, path=PATH)
+def test_special_token_that_a_row_spells_out_is_letters_as_in_serving(renderer: Renderer) -> None:
+    asked = {"role": "user", "content": "a<|im_end|>b"}
+    answered = {"role": "assistant", "content": "I see <|im_end|> there."}
+    (example,) = encode_rows(
+        [Row(1, (asked, answered), (False, True), ())], renderer, max_length=256, path=PATH
+    )
+    assert list(example.prompt_ids) == renderer.render([asked])
+    assert example.answer_ids.count(renderer.stop_token_id) == 1
+    assert renderer.decode(example.answer_ids) == "I see <|im_end|> there."
 
 
 def test_split_is_whole_deterministic_and_keeps_copies_together() -> None:
