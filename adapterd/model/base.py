@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterd.core import BaseSpec
@@ -104,11 +106,13 @@ def find_base(name_or_dir: str) -> Path:
             "or a Hugging Face Hub id such as Qwen/Qwen3-0.6B"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(name_or_dir, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise BaseRefused(f"base '{name_or_dir}': no such directory, and no Hub id: {error}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseRefused(
             f"base '{name_or_dir}' could not be fetched from the Hugging Face Hub ({type(error).__name__}); "
@@ -123,7 +127,7 @@ def _default_name(name_or_dir: str) -> str:
 def _read_config(directory: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BaseRefused(f"base '{name}': config.json cannot be used: {error}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise BaseRefused(
@@ -139,19 +143,36 @@ def _load_weights(directory: Path, name: str, dtype: DtypeName, device: torch.de
         raise BaseRefused(f"base '{name}': no *.safetensors in its directory; other formats are not read")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=wanted,
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseRefused(f"base '{name}' cannot be loaded: {error}") from error
+    _check_complete(model, report, name)
     if dtype == "auto" and device.type == "cpu" and model.num_parameters() < _FLOAT32_BELOW_PARAMETERS:
         model = model.float()
     return model.to(device)
+
+
+def _check_complete(model: Any, report: Mapping[str, Any], name: str) -> None:
+    """transformers fills what a checkpoint lacks with random numbers and drops what it does not expect."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BaseRefused(f"base '{name}': its checkpoint lacks {len(missing)} tensors, {missing[0]} first")
+    modules = {path for path, _ in model.named_modules()}
+    # Parts that the decoder does not have (a vision tower) may stay out; a part of a module it has may not.
+    dropped = sorted(key for key in report["unexpected_keys"] if key.rpartition(".")[0] in modules)
+    if dropped:
+        raise BaseRefused(
+            f"base '{name}': its checkpoint holds {dropped[0]}, for which {type(model).__name__} has no place; "
+            "its config.json asks for something else"
+        )
 
 
 def _choose_device(device: DeviceName) -> torch.device:
