@@ -65,7 +65,10 @@ def evaluate(settings: EvaluationSettings) -> str:
     Raises ConfigError, ModelNotFound, AdapterRefused, and InvalidRequest for bad rows.
     """
     if not settings.adapters:
-        raise ConfigError("no adapters to evaluate; name their directory with --adapters", param="adapters")
+        raise ConfigError(
+            "no adapters to evaluate; name their folders, as in adapterd eval adapters/support",
+            param="adapters",
+        )
     daemon = Daemon.build(settings)
     daemon.registry.start()
     try:

@@ -28,7 +28,7 @@ from adapterd.errors import (
 )
 from adapterd.model_name import BASE_ALIAS, Part, is_adapter_name, nearest_names, parse_model_name, shown
 from adapterd.token_table import TokenizerIdentity
-from adapterd.versions import VersionTable
+from adapterd.versions import Lease, VersionTable
 from adapterd.watch import Found, Signature, scan, signature_of
 
 _logger = logging.getLogger(__name__)
@@ -55,20 +55,6 @@ class AdapterEntry:
     num_bytes: int
     rank: int
     targets: tuple[str, ...]
-
-
-class Lease:
-    """Holds the versions of one mix in host memory until released. Releasing twice is harmless."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release: Callable[[], None] | None = release
-        self._lock = threading.Lock()
-
-    def release(self) -> None:
-        with self._lock:
-            release, self._release = self._release, None
-        if release is not None:
-            release()
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Which versions of adapters are in host memory, and who holds them. Bookkeeping only; the caller locks."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -65,3 +67,17 @@ class VersionTable:
             if adapter_id.name == name and adapter_id.digest.startswith(digest_prefix):
                 return version.adapter
         return None
+
+
+class Lease:
+    """Holds the versions of one mix in host memory until released. Releasing twice is harmless."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+        self._lock = threading.Lock()
+
+    def release(self) -> None:
+        with self._lock:
+            release, self._release = self._release, None
+        if release is not None:
+            release()

@@ -124,7 +124,7 @@ def test_a_single_adapter_folder_may_be_given(told: Told, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_evaluated_is_refused(told: Told, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--adapters"):
+    with pytest.raises(ConfigError, match="name their folders"):
         evaluate(replace(told, adapters=()))
     with pytest.raises(ModelNotFound, match=r"no adapter 'three'.*one, two"):
         evaluate(replace(told, adapter=("three",)))

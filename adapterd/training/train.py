@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,6 +24,7 @@ from adapterd.model.base import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import Batch, collate, epoch_batches, micro_batches, num_labels, summed_loss
 from adapterd.training.data import Example, encode_rows, read_rows, refuse_leaks, split_validation
+from adapterd.training.recipe import Recipe, output_directory
 
 _logger = logging.getLogger(__name__)
 
@@ -40,57 +41,6 @@ class TrainingDiverged(AdapterdError):
     code = "training_diverged"
 
 
-class Recipe(Protocol):
-    """What a training run is told; `config.TrainSettings` is the real thing.
-
-    `out` is the adapter's own folder. `batch_size` rows make one optimiser step; `patience` counts
-    evaluations without a better validation loss; `alpha / rank` scales the update.
-    """
-
-    @property
-    def base(self) -> str: ...
-    @property
-    def data(self) -> Path: ...
-    @property
-    def heldout(self) -> Path | None: ...
-    @property
-    def validation(self) -> Path | None: ...
-    @property
-    def validation_fraction(self) -> float: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def out(self) -> Path | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def target_modules(self) -> Sequence[str]: ...
-    @property
-    def max_epochs(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def warmup_fraction(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def max_length(self) -> int | None: ...
-    @property
-    def patience(self) -> int: ...
-    @property
-    def evaluations_per_epoch(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-
-
 @dataclass
 class _Best:
     """The matrices of the step with the lowest validation loss so far."""
@@ -98,14 +48,6 @@ class _Best:
     step: int
     loss: float
     weights: dict[str, torch.Tensor]
-
-
-def output_directory(recipe: Recipe) -> Path:
-    """`out`; else the rows' own folder if it bears the adapter's name, or a folder of that name beside them."""
-    if recipe.out is not None:
-        return recipe.out
-    folder = recipe.data.resolve().parent
-    return folder if folder.name == recipe.name else folder / recipe.name
 
 
 def train(recipe: Recipe) -> Path:

@@ -16,7 +16,8 @@ from adapterd.peft_config import CONFIG_FILE
 from adapterd.render import Renderer
 from adapterd.training.batches import collate, epoch_batches, num_labels
 from adapterd.training.data import encode_rows, read_rows, split_validation
-from adapterd.training.train import METRICS_FILE, TrainingDiverged, output_directory, train
+from adapterd.training.recipe import output_directory
+from adapterd.training.train import METRICS_FILE, TrainingDiverged, train
 from tests.tiny import spec_of, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
