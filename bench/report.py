@@ -173,7 +173,7 @@ def describe(figures: Figures) -> str:
 def machine() -> dict[str, Any]:
     """What the figures were taken on and when: no path and no host name."""
     packages: dict[str, str | None] = {}
-    for package in ("adapterd", "torch", "transformers", "peft"):
+    for package in ("torch", "transformers", "peft"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:

@@ -28,7 +28,7 @@ import httpx
 from bench.client import run_closed, run_open
 from bench.load import Load, build_requests, build_warmup, find_prompt_form
 from bench.report import Figures, describe, emit, machine, median_of, parse_objective, ratios, summarise
-from bench.target import MemoryPeak, Running, Target, read_target, running
+from bench.target import MemoryPeak, Running, Target, read_target, running, server_version
 from bench.workload import (
     COMMON_WORDS,
     Lengths,
@@ -57,6 +57,7 @@ async def run_round(server: Running, load: Load, round_index: int) -> Figures:
                 records = await run_closed(client, requests, load.concurrency or 1)
             client_cpu = (_cpu_seconds() - cpu_began) / (time.perf_counter() - began)
     figures = summarise(records, load.objective)
+    figures["server_version"] = server_version(target)
     figures["prompt_form"] = form.kind
     figures["peak_rss_bytes"] = memory.peak_rss_bytes
     figures["startup_seconds"] = server.startup_seconds

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -28,8 +29,8 @@ class Target:
     name: in tables and results. url: its root. model: the base's name in the API. adapter_model: the name of an
     adapter in the API, with {model} and {adapter} filled in. adapter_field "lora": adapters are chosen by their
     number in llama.cpp's `lora` field and `model` stays the base's. extra_body: added to every request. start: a
-    command that runs the server until SIGTERM; variables are expanded. ready: the path that answers 200 once it
-    serves. env: added to the command's environment.
+    command for bash that runs the server until SIGTERM; $PYTHON is this interpreter. env: added to the command's
+    environment. ready: the path that answers 200 once it serves.
     """
 
     name: str = "server"
@@ -66,7 +67,7 @@ def read_target(path: Path) -> Target:
     return Target(**{"name": path.stem, **table})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Running:
     """A server that answers. `pid` is None where nobody said which process it is."""
 
@@ -86,12 +87,12 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
         raise RuntimeError(
             f"something already answers at {target.url}; stop it, or leave out the start command"
         )
-    command = ["bash", "-c", f"exec {os.path.expandvars(target.start)}"]
+    command = ["bash", "-c", f"exec {target.start}"]
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(
             command,
-            env={**os.environ, **{key: os.path.expandvars(value) for key, value in target.env.items()}},
+            env={**os.environ, "PYTHON": sys.executable, **target.env},
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -112,6 +113,16 @@ def _is_ready(target: Target) -> bool:
         return httpx.get(target.url + target.ready, timeout=2.0).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def server_version(target: Target) -> str | None:
+    """What GET /version says, where a server has it (adapterd, vLLM)."""
+    try:
+        answer = httpx.get(target.url + "/version", timeout=5.0).json()
+    except (httpx.HTTPError, ValueError):
+        return None
+    found = answer.get("version") if isinstance(answer, dict) else None
+    return None if found is None else str(found)
 
 
 def _wait_until_ready(
