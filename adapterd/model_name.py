@@ -4,10 +4,10 @@ Grammar only; whether such adapters exist is `registry.py`'s to say.
 """
 
 import difflib
-import heapq
+import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from adapterd.errors import InvalidRequest, ModelNotFound
@@ -17,7 +17,7 @@ MAX_PARTS = 8
 MIN_VERSION_LENGTH = 6
 _MAX_WEIGHT = 1000.0
 _MAX_NAMES_SHOWN = 20
-_MAX_NAMES_COMPARED = 256
+_MAX_NAMES_COMPARED = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PART = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})"
@@ -96,18 +96,10 @@ def shown(text: str) -> str:
     return quoted if len(quoted) <= 160 else f"{quoted[:157]}...'"
 
 
-def nearest_names(wanted: str, names: Iterable[str]) -> Sequence[str]:
-    """At most 20 of the names, the most alike first; cheap even for ten thousand of them."""
-    few = heapq.nsmallest(
-        _MAX_NAMES_COMPARED, names, key=lambda name: (-_shared_beginning(name, wanted), name)
-    )
-    return difflib.get_close_matches(wanted, few, n=_MAX_NAMES_SHOWN, cutoff=0.0)
-
-
-def _shared_beginning(one: str, other: str) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
+def nearest_names(wanted: str, names: Collection[str]) -> Sequence[str]:
+    """At most 20 of the names, the most alike first. Of very many only some that begin alike are compared."""
+    candidates: Iterable[str] = names
+    if len(names) > _MAX_NAMES_COMPARED:
+        begin_alike = (name for name in names if name[:1] == wanted[:1])
+        candidates = itertools.islice(itertools.chain(begin_alike, names), _MAX_NAMES_COMPARED)
+    return difflib.get_close_matches(wanted, list(dict.fromkeys(candidates)), n=_MAX_NAMES_SHOWN, cutoff=0.0)

@@ -33,7 +33,7 @@ WATCHED_FILES = frozenset(
 class Signature:
     """Where a folder really is, and name, size, times and inode of each watched file in it.
 
-    Who reads must read `real_path`: the link that led there may point elsewhere by now, and back again.
+    Who reads must read `real_path`: a link that led there may point elsewhere by now, and back again.
     """
 
     real_path: Path
@@ -77,18 +77,19 @@ def scan(roots: Sequence[Path]) -> Scan:
             problems.append(f"adapter directory {root} cannot be read: {error.strerror}")
             continue
         for child in children:
-            name = child.name or child.resolve().name
             signature = signature_of(child)
             if signature is None:
                 continue
-            if not is_adapter_name(name):
+            if not is_adapter_name(child.name):
                 problems.append(
                     f"{child} is skipped: an adapter's name has letters, digits, '.', '_' and '-', at most 128"
                 )
-            elif name in found:
-                problems.append(f"{child} is skipped: {found[name].path} has the same name and comes first")
+            elif child.name in found:
+                problems.append(
+                    f"{child} is skipped: {found[child.name].path} has the same name and comes first"
+                )
             else:
-                found[name] = Found(name, child, root, signature)
+                found[child.name] = Found(child.name, child, root, signature)
     return Scan(found, frozenset(unreadable), tuple(problems))
 
 
@@ -96,15 +97,18 @@ def signature_of(directory: Path) -> Signature | None:
     """The folder's signature now; None if it has no adapter_config.json, or is just being replaced."""
     files = []
     try:
-        real_path = directory.resolve(strict=True)
+        real_path = os.path.realpath(directory, strict=True) if directory.is_symlink() else str(directory)
         with os.scandir(real_path) as listing:
-            names = sorted(entry.name for entry in listing if entry.name in WATCHED_FILES)
-        for name in names:
-            status = os.stat(real_path / name)
-            files.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+            for entry in listing:
+                if entry.name in WATCHED_FILES:
+                    status = entry.stat()
+                    files.append(
+                        (entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+                    )
+    except OSError:
         return None
-    return Signature(real_path, tuple(files)) if CONFIG_FILE in names else None
+    files.sort()
+    return Signature(Path(real_path), tuple(files)) if any(file[0] == CONFIG_FILE for file in files) else None
 
 
 def _folders(root: Path) -> list[Path]:
