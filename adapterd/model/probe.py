@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapterd.errors import BaseRefused
-from adapterd.model.attention import ATTENTION_NAME, PagedContext, ShapeRecorder, plan_attention
+from adapterd.model.attention import ATTENTION_NAME, ShapeRecorder
+from adapterd.model.kernels import TORCH_KERNELS, Kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment, wrap_linears
 
@@ -36,8 +37,11 @@ class _Piece:
     shift: int = 0
 
 
-def probe_family(config: Any, max_position: int) -> float:
-    """Largest difference over the logits' spread; raises BaseRefused naming the family if it is not small."""
+def probe_family(config: Any, max_position: int, kernels: Kernels = TORCH_KERNELS) -> float:
+    """Largest difference over the logits' spread; raises BaseRefused naming the family if it is not small.
+
+    Runs on the CPU in float32 with `kernels`, so that they too prove themselves on this processor.
+    """
     family = config.model_type
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
@@ -46,7 +50,7 @@ def probe_family(config: Any, max_position: int) -> float:
             eager, paged = _build(small, "eager"), _build(small, ATTENTION_NAME)
             _spread_weights(eager)
             paged.load_state_dict(eager.state_dict())
-            difference = _largest_difference(eager, paged, max_position)
+            difference = _largest_difference(eager, paged, max_position, kernels)
         except BaseRefused:
             raise
         except Exception as error:  # whatever a family's own code raises, it is that family that is refused
@@ -99,11 +103,11 @@ def _spread_weights(model: Any) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def _largest_difference(eager: Any, paged: Any, max_position: int) -> float:
+def _largest_difference(eager: Any, paged: Any, max_position: int, kernels: Kernels) -> float:
     lengths = (7, 11, 3)
     adapted = 1
     tokens = [torch.randint(0, _VOCAB_SIZE, (length,)) for length in lengths]
-    pools, step, products = _seams(paged)
+    pool, step, products = _seams(paged, kernels)
     # Chunks that end in mid-sequence, single tokens, and neighbours that come and go.
     steps = [
         [_Piece(0, 0, 7), _Piece(1, 0, 4), _Piece(2, 0, 2)],
@@ -113,7 +117,7 @@ def _largest_difference(eager: Any, paged: Any, max_position: int) -> float:
     ]
     found: dict[tuple[int, int], torch.Tensor] = {}
     for pieces in steps:
-        logits = _run_paged(paged, pools, step, products, tokens, pieces, adapted)
+        logits = _run_paged(paged, kernels, pool, step, products, tokens, pieces, adapted)
         row = 0
         for piece in pieces:
             for position in range(piece.start, piece.end):
@@ -130,12 +134,12 @@ def _largest_difference(eager: Any, paged: Any, max_position: int) -> float:
     return worst / torch.cat(list(expected.values())).std().item()
 
 
-def _seams(paged: Any) -> tuple[KVPool, LoraStep, Products]:
+def _seams(paged: Any, kernels: Kernels) -> tuple[KVPool, LoraStep, Products]:
     recorder = ShapeRecorder()
     zero = torch.zeros(1, 1, dtype=torch.long)
     paged(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
     pool = KVPool(recorder.shapes, num_blocks=4, dtype=torch.float32, device=torch.device("cpu"))
-    step = LoraStep()
+    step = kernels.lora_step()
     head = paged.get_output_embeddings()
     targets = wrap_linears(paged, step, lambda path: paged.get_submodule(path) is not head)
     products: Products = {
@@ -147,6 +151,7 @@ def _seams(paged: Any) -> tuple[KVPool, LoraStep, Products]:
 
 def _run_paged(
     model: Any,
+    kernels: Kernels,
     pool: KVPool,
     step: LoraStep,
     products: Products,
@@ -163,22 +168,23 @@ def _run_paged(
         if piece.index == adapted:
             segments.append(Segment(row, row + length, products))
         row += length
-    step.segments, step.num_tokens = tuple(segments), row
-    plan = plan_attention(slots, [piece.end - piece.start for piece in pieces], torch.device("cpu"))
+    step.begin(tuple(segments), row)
+    context = kernels.paged_context(pool, slots, [piece.end - piece.start for piece in pieces])
     ids = torch.cat([tokens[piece.index][piece.start : piece.end] for piece in pieces])
     positions = torch.cat([torch.arange(piece.start, piece.end) + piece.shift for piece in pieces])
-    keep = torch.arange(row)
+    # Backwards, so that a model that returns all rows whatever it is asked for does not look right.
+    keep = torch.arange(row).flip(0)
     output = model(
         input_ids=ids[None],
         position_ids=positions[None],
         use_cache=False,
         logits_to_keep=keep,
-        paged=PagedContext(pool, plan),
+        paged=context,
     )
     logits: torch.Tensor = output.logits[0]
     if logits.shape[0] != row:
         raise BaseRefused(f"{type(model).__name__} does not honour logits_to_keep; it cannot be served")
-    return logits
+    return logits.flip(0)
 
 
 def _run_eager(model: Any, tokens: torch.Tensor) -> torch.Tensor:
