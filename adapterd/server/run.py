@@ -10,6 +10,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from adapterd.errors import ConfigError
+from adapterd.server.http import BoundedHttp
 from adapterd.server.state import ServerState
 
 _CUT_SECONDS = 2.0
@@ -51,6 +52,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
+            http=BoundedHttp,
             lifespan="on",
             ws="none",
             log_config=None,

@@ -16,6 +16,7 @@ from adapterd.adapter_writer import write_adapter
 from adapterd.config import ServeSettings
 from adapterd.daemon import Daemon
 from adapterd.server.app import create_app
+from adapterd.server.http import BoundedHttp
 from adapterd.server.state import ServerState
 from tests.server.fakes import FakeDaemon
 from tests.tiny import spec_of, tiny_llama
@@ -53,7 +54,7 @@ async def client(state: ServerState, anyio_backend: str) -> AsyncIterator[httpx.
 @contextmanager
 def listening(app: Starlette) -> Iterator[str]:
     """Serve `app` on a free port of this machine; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, http=BoundedHttp, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -37,10 +37,10 @@ JSON = {"content-type": "application/json"}
     ],
 )
 def test_refused(body: bytes, reason: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(InvalidRequest, match=reason) as raised:
         parse_json(body)
-    assert time.perf_counter() - began < 0.05
+    assert time.thread_time() - began < 0.05
     assert raised.value.code == "invalid_json"
     json.dumps(raised.value.message, ensure_ascii=False).encode()
 

@@ -22,7 +22,7 @@ from tests.serving import served
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
-def eventually(condition: Callable[[], object], seconds: float = 5) -> None:
+def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came about"
@@ -76,7 +76,7 @@ def test_at_sigterm_running_requests_finish_and_new_ones_are_refused(
         client.join()
         assert client.text.endswith("data: [DONE]\n\n")
         assert client.text.count('"content":"x"') == 50
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
         assert server.exit_code == 0
 
@@ -87,10 +87,10 @@ def test_what_outlasts_the_drain_timeout_is_told_so(state: ServerState, daemon: 
         client = Streaming(url)
         eventually(lambda: "x" in client.text)
         server.handle_exit(signal.SIGTERM, None)
-        client.join(5)
+        client.join(20)
         last = json.loads(client.text.strip().splitlines()[-1].removeprefix("data: "))
         assert last["error"]["message"] == "the server is shutting down"
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
         assert (server.exit_code, daemon.engine.running, daemon.registry.leases) == (0, {}, [])
 
@@ -102,15 +102,15 @@ def test_a_second_signal_ends_it_at_once(state: ServerState, daemon: FakeDaemon)
         eventually(lambda: daemon.engine.running)
         server.handle_exit(signal.SIGTERM, None)
         server.handle_exit(signal.SIGTERM, None)
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
-        client.join(5)
+        client.join(20)
 
 
 def test_it_leaves_with_a_failure_when_the_engine_fails(state: ServerState, daemon: FakeDaemon) -> None:
     with draining(state) as (server, _, thread):
         daemon.engine.fail("RuntimeError")
-        thread.join(5)
+        thread.join(20)
         assert not thread.is_alive()
         assert server.exit_code == 1
 
