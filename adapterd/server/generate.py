@@ -71,6 +71,7 @@ class Generate(Generic[B]):
             return  # nobody is there to be told, and it is no error of ours to log
 
     async def _respond(self, body: B, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival_seconds = time.monotonic()
         daemon = self._state.daemon
         resolved = daemon.registry.resolve(body.model)
         with ExitStack() as held:
@@ -79,7 +80,7 @@ class Generate(Generic[B]):
             prompts = await self._state.render_pool.run(
                 self._dialect.prompts, body, daemon.renderer, resolved
             )
-            requests = self._requests(body, resolved, prompts)
+            requests = self._requests(body, resolved, prompts, arrival_seconds)
             head = self._head(body, resolved, prompts, requests)
             stream = self._submit(requests, resolved, held)
             answer = self._dialect.answer(body, head, daemon.renderer)
@@ -95,9 +96,10 @@ class Generate(Generic[B]):
                 response = JSONResponse(answer.whole(outputs, tally.usage()), headers=headers)
                 await response(scope, receive, send)
 
-    def _requests(self, body: B, resolved: ResolvedModel, prompts: list[Prompt]) -> list[Request]:
+    def _requests(
+        self, body: B, resolved: ResolvedModel, prompts: list[Prompt], arrival_seconds: float
+    ) -> list[Request]:
         spec = self._state.spec
-        arrival_seconds = time.monotonic()
         answer_id = self._dialect.id_prefix + uuid.uuid4().hex
         requests = []
         for number, prompt in enumerate(prompts):
@@ -132,15 +134,15 @@ class Generate(Generic[B]):
     def _submit(self, requests: list[Request], resolved: ResolvedModel, held: ExitStack) -> OutputStream:
         """Hand `requests` to the engine; `held` takes them back at its end, finished or not."""
         engine, streams = self._state.daemon.engine, self._state.streams
-        record = self._state.metrics.record(resolved.adapter_names, requests)
-        held.callback(record.close)
-        ids = [request.id for request in requests]
-        stream = streams.open(ids, requests[0].num_sequences, record.observe)
-        held.callback(streams.close, ids)
         for request in requests:
             held.callback(engine.abort, request.id)
             engine.submit(request)
-        return stream
+        # No output is missed: they come through the event loop, which is busy with this function.
+        record = self._state.metrics.record(resolved.adapter_names, requests)
+        held.callback(record.close)
+        ids = [request.id for request in requests]
+        held.callback(streams.close, ids)
+        return streams.open(ids, requests[0].num_sequences, record.observe)
 
 
 async def _send_stream(

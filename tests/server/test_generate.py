@@ -55,6 +55,7 @@ async def test_a_refusal_by_the_engine_keeps_its_status(
     response = await post(client, stream=stream)
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert daemon.registry.leases == []
+    assert "adapterd_requests_total{" not in (await client.get("/metrics")).text
 
 
 @pytest.mark.anyio
