@@ -210,7 +210,7 @@ def as_markdown(result: Result) -> str:
     lines.append(_row("well-formed", base.well_formed, adapted.well_formed))
     lines += [_row(f"`{key}` right", base.fields[key], share) for key, share in adapted.fields.items()]
     if adapted.grounded.total:
-        lines.append(_row("no number that the prompt lacks", base.grounded, adapted.grounded))
+        lines.append(_row("no invented number", base.grounded, adapted.grounded))
     lines.append(_row("ended by itself", base.stopped, adapted.stopped))
     lines.append(f"| median tokens | {base.median_tokens:g} | {adapted.median_tokens:g} |")
     if adapted.tags:

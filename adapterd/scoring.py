@@ -69,7 +69,8 @@ class Scores:
 
     `well_formed`: the shape of the reference (its keys in order; a known label; its opening and closing
     sentence). `fields`: by key, over the rows whose reference has it. `grounded`: every number of the answer
-    stands in the prompt, over the rows whose reference holds a number. `tags`: exact matches by tag.
+    stands in the prompt or the reference, over the rows whose reference holds a number. `tags`: exact
+    matches by tag.
     """
 
     exact: Share
@@ -205,7 +206,7 @@ def _label_scores(answers: Sequence[Answer], labels: frozenset[str]) -> dict[str
 
 
 def _is_grounded(answer: Answer) -> bool:
-    known = set(_NUMBER.findall(answer.prompt))
+    known = {*_NUMBER.findall(answer.prompt), *_NUMBER.findall(answer.reference)}
     return all(number in known for number in _NUMBER.findall(answer.text))
 
 

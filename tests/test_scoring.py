@@ -49,8 +49,8 @@ def test_keys_out_of_order_twice_or_too_many_are_not_well_formed() -> None:
     assert score([answer(TICKET, text) for text in bad]).well_formed == Share(0, 5)
 
 
-def test_numbers_must_stand_in_the_prompt() -> None:
-    prompt = "cough 3 days, BP 132/84, HR 88"
+def test_numbers_must_stand_in_the_prompt_or_the_reference() -> None:
+    prompt = "cough three days, BP 132 over 84, HR 88"
     invented = NOTE.replace("88", "90")
     scores = score(
         [answer(NOTE, NOTE, prompt=prompt), answer(NOTE, invented, prompt=prompt), answer("Hi.", "7")]
