@@ -1,0 +1,1 @@
+"""Other servers and libraries: how each is set up, started and measured."""
