@@ -9,6 +9,7 @@ from adapterd.core import AdapterId, AdapterMix, Request, RequestId, SamplingPar
 from adapterd.engine.build import Finished, build_engine, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.model.kernels import KernelName
 from adapterd.token_table import TokenizerIdentity, TokenTable
 
 NO_TOKENIZER = TokenizerIdentity(frozenset(), {})
@@ -27,6 +28,7 @@ class OfflineSettings:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_queue: int = 1024
+    kernels: KernelName = "auto"
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Offline:
             dtype=self.settings.dtype,
             device=self.settings.device,
             max_model_len=self.settings.max_model_len,
+            kernels=self.settings.kernels,
         )
         self._versions: dict[AdapterId, Adapter] = {}
         token_bytes = tuple(f"<{i}>".encode() for i in range(self.base.spec.vocab_size))

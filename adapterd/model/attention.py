@@ -5,6 +5,7 @@ in few calls: sequences that add one token are gathered into groups of similar l
 through torch's fused kernel. Both have one signature and one test.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
@@ -295,6 +296,17 @@ class PagedContext:
             softcap=softcap,
             sinks=sinks,
         )
+
+
+ContextFactory = Callable[[KVPool, Seq[torch.Tensor], Seq[int]], AttentionContext]
+"""(pool, slots by sequence, number of new tokens by sequence), as plan_attention has them, for one step."""
+
+
+def paged_context(
+    pool: KVPool, slots_by_sequence: Seq[torch.Tensor], num_new_tokens: Seq[int]
+) -> PagedContext:
+    """A step through torch's own operators, on any device."""
+    return PagedContext(pool, plan_attention(slots_by_sequence, num_new_tokens, pool.device))
 
 
 class ShapeRecorder:

@@ -13,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterd.core import BaseSpec
 from adapterd.errors import BaseRefused
-from adapterd.model.attention import ATTENTION_NAME, ShapeRecorder, register_attention
+from adapterd.model.attention import ATTENTION_NAME, ContextFactory, ShapeRecorder, register_attention
+from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
+from adapterd.model.linear_cpu import use_fastest_linears
 from adapterd.model.lora import LoraStep, wrap_linears
 from adapterd.model.probe import probe_family
+from adapterd.model.threads import use_all_cores
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class Base:
     dtype: torch.dtype
     kv_shapes: Mapping[int, KVShape]
     lora_step: LoraStep
+    paged_context: ContextFactory
 
 
 def load_base(
@@ -50,9 +54,11 @@ def load_base(
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     max_model_len: int | None = None,
+    kernels: KernelName = "auto",
 ) -> Base:
     """Load `mini` (the embedded base), a local directory or a Hugging Face Hub id.
 
+    kernels: whether the C++ operators are used; `auto` means where they apply and are built.
     Raises BaseRefused when the files are missing or the family cannot be served exactly.
     """
     register_attention()
@@ -60,11 +66,19 @@ def load_base(
     config = _read_config(directory, name_or_dir)
     context = _exact_context(config, max_model_len)
     where = _choose_device(device)
-    probe_family(config, max_position=context - 1)
+    on_cpu = where.type == "cpu"
+    if on_cpu:
+        use_all_cores()
+    # The probe is small and in float32, whatever the model will be.
+    probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
+    probe_family(config, max_position=context - 1, kernels=probe_kernels)
     model = _load_weights(directory, name_or_dir, dtype, where)
     model.requires_grad_(False).eval()
 
-    step = LoraStep()
+    chosen = choose_kernels(kernels, where, model.dtype)
+    if on_cpu:
+        use_fastest_linears(model, chosen.is_native)
+    step = chosen.lora_step()
     head = model.get_output_embeddings()
     targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
     recorder = ShapeRecorder()
@@ -90,7 +104,7 @@ def load_base(
         sum(p.numel() for p in model.parameters()) / 1e6,
         context,
     )
-    return Base(model, spec, directory, where, model.dtype, recorder.shapes, step)
+    return Base(model, spec, directory, where, model.dtype, recorder.shapes, step, chosen.paged_context)
 
 
 def find_base(name_or_dir: str) -> Path:

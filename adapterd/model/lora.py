@@ -177,11 +177,25 @@ class Segment:
 
 
 class LoraStep:
-    """What the wrapped linears of one model share: the segments of the step that is running."""
+    """What the wrapped linears of one model share: the segments of the step that is running, and their products.
+
+    This is the reference, one call for each adapter and linear; lora_cpu.py does the same in one for each linear.
+    """
 
     def __init__(self) -> None:
         self.segments: tuple[Segment, ...] = ()
         self.num_tokens = 0
+
+    def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
+        """The step about to run: all its tokens, and those of them that run a mix, in order."""
+        self.segments, self.num_tokens = segments, num_tokens
+
+    def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to y [num_tokens, d_out], in place, what the segments' mixes make of x [num_tokens, d_in] there."""
+        for segment in self.segments:
+            span = slice(segment.start, segment.end)
+            for product in segment.products.get(path, ()):
+                add_lora(y[span], x[span], product.a, product.b_t, product.scale)
 
 
 class LoraLinear(nn.Module):
@@ -206,10 +220,7 @@ class LoraLinear(nn.Module):
             rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
             if rows.shape[0] != self._step.num_tokens:
                 raise RuntimeError(f"{self._path} saw {rows.shape[0]} of {self._step.num_tokens} tokens")
-            for segment in self._step.segments:
-                span = slice(segment.start, segment.end)
-                for product in segment.products.get(self._path, ()):
-                    add_lora(flat[span], rows[span], product.a, product.b_t, product.scale)
+            self._step.add(self._path, flat, rows)
         return y
 
 

@@ -12,7 +12,6 @@ import torch
 
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterId, Batch, SampledToken, Sequence
-from adapterd.model.attention import PagedContext, plan_attention
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
 from adapterd.model.lora import LoraBank, Segment
@@ -75,12 +74,11 @@ class Runner:
             ids.extend(item.sequence.token_ids[item.start : item.end])
             positions.extend(range(item.start, item.end))
         keep = [row for rows in wanted for row in _rows(rows)]
-        step = self._base.lora_step
-        step.segments, step.num_tokens = self._segments(batch), len(ids)
-        plan = plan_attention(
+        self._base.lora_step.begin(self._segments(batch), len(ids))
+        context = self._base.paged_context(
+            self.kv,
             [_slots(item.sequence, item.end) for item in batch.scheduled],
             [item.num_tokens for item in batch.scheduled],
-            device,
         )
         output = self._base.model(
             input_ids=torch.tensor([ids], device=device),
@@ -88,7 +86,7 @@ class Runner:
             use_cache=False,
             # A batch of unfinished chunks needs no logits, but the model must be given some row.
             logits_to_keep=torch.tensor(keep or [0], device=device),
-            paged=PagedContext(self.kv, plan),
+            paged=context,
         )
         logits: torch.Tensor = output.logits[0]
         return logits[: len(keep)]

@@ -4,7 +4,7 @@ The reference runs one sequence and one adapter at a time through PEFT. Its top-
 tie is neither a pass nor a failure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ import torch
 
 from adapterd.core import RequestId, SamplingParams
 from adapterd.errors import ContextLengthExceeded
+from adapterd.model.kernels import KernelName
 from adapterd.model.kv import KV_BLOCK_SIZE, kv_block_bytes
 from tests.exactness.families import FAMILIES, Continuation, Reference, linear_names, save_adapter, save_model
+from tests.native_kernels import require_native_kernels
 from tests.offline import Offline, OfflineSettings
 
 NUM_TOKENS = 10
@@ -31,10 +33,18 @@ class Case:
     adapters: dict[str, Path]
     prompts: list[list[int]]
     expected: list[tuple[int, ...]]
+    kernels: KernelName = "torch"
+
+
+@pytest.fixture(params=["torch", "native"])
+def case(request: pytest.FixtureRequest, family_case: Case) -> Case:
+    if request.param == "native":
+        require_native_kernels()
+    return replace(family_case, kernels=request.param)
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def family_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family = request.param
     root = tmp_path_factory.mktemp(family)
     base = root / "base"
@@ -76,7 +86,7 @@ def draw_prompt(
 
 
 def start(case: Case, **settings: int) -> Offline:
-    offline = Offline(OfflineSettings(base=str(case.base), **settings))  # type: ignore[arg-type]
+    offline = Offline(OfflineSettings(base=str(case.base), kernels=case.kernels, **settings))  # type: ignore[arg-type]
     for name in ("wide", "narrow", "odd"):
         offline.load(name, case.adapters[name])
     return offline

@@ -1,0 +1,136 @@
+"""Linears on a CPU: the same weights, multiplied by whatever is fastest here for the number of tokens at hand.
+
+Which way wins depends on the processor (with AMX torch's own 16-bit product is very good for many tokens, without
+it is six times slower than float32) and on the tokens: so it is measured at load, on the model's own weights.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(x [..., d_in], weight [d_out, d_in], bias [d_out] or None) -> [..., d_out], all of one dtype."""
+
+TOKEN_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
+_SAMPLE_BYTES = 64 << 20
+"""Weights to measure on: more than a cache holds, or a small product would look faster than it ever is."""
+_FLOAT32_CHUNK = 1 << 20
+"""Weights to turn to float32 at a time: 4 MiB, so that they are still in cache when they are multiplied."""
+
+
+def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 16-bit linear through float32 products, a few rows of the weight at a time."""
+    d_out, d_in = weight.shape
+    rows = x.reshape(-1, d_in).float()
+    y = torch.empty(rows.shape[0], d_out)
+    step = max(_FLOAT32_CHUNK // d_in, 1)
+    for start in range(0, d_out, step):
+        torch.mm(rows, weight[start : start + step].float().T, out=y[:, start : start + step])
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], d_out)
+
+
+def native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The C++ operator: weights read once, row by row, at memory speed; float32 sums."""
+    y: torch.Tensor = torch.ops.adapterd.linear(x, weight, bias)
+    return y
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """functions[i] is for up to token_counts[i] tokens; the last one also for more."""
+
+    token_counts: tuple[int, ...]
+    functions: tuple[LinearFunction, ...]
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        num_tokens = x.numel() // x.shape[-1]
+        for count, function in zip(self.token_counts, self.functions, strict=True):
+            if num_tokens <= count:
+                return function(x, weight, bias)
+        return self.functions[-1](x, weight, bias)
+
+
+class CpuLinear(nn.Linear):
+    """nn.Linear with the same parameters and another way to multiply."""
+
+    def __init__(self, linear: nn.Linear, choice: LinearFunction) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._choice = choice
+        self.train(linear.training)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
+        return self._choice(input, self.weight, self.bias)
+
+
+def candidates(dtype: torch.dtype, with_native: bool) -> dict[str, LinearFunction]:
+    """The ways to multiply that exist for a dtype, by name."""
+    found: dict[str, LinearFunction] = {"torch": F.linear}
+    if dtype in (torch.bfloat16, torch.float16):
+        found["float32"] = float32_linear
+    if with_native and dtype in (torch.bfloat16, torch.float32):
+        found["native"] = native_linear
+    return found
+
+
+def use_fastest_linears(model: nn.Module, with_native: bool) -> None:
+    """Measure on the model's own linears and replace them in place. Modules of other types are left alone."""
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    if not linears:
+        return
+    weights = [linear.weight for linear in linears.values()]
+    ways = candidates(weights[0].dtype, with_native)
+    if len(ways) == 1 or any(weight.dtype != weights[0].dtype for weight in weights):
+        return
+    choice, names = _measure(_sample(weights), ways)
+    logger.info("linears by number of tokens: %s", ", ".join(f"{n} {c}" for c, n in names.items()))
+    for path, linear in linears.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, CpuLinear(linear, choice))
+
+
+def _sample(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    chosen: list[torch.Tensor] = []
+    for weight in weights:
+        if chosen and sum(w.nbytes for w in chosen) + weight.nbytes > _SAMPLE_BYTES:
+            break
+        chosen.append(weight)
+    return chosen
+
+
+@torch.inference_mode()
+def _measure(
+    weights: Sequence[torch.Tensor], ways: Mapping[str, LinearFunction]
+) -> tuple[LinearChoice, dict[str, str]]:
+    """The fastest way at each token count: best of three, after one to warm up."""
+    functions: list[LinearFunction] = []
+    names: dict[str, str] = {}
+    for count in TOKEN_COUNTS:
+        inputs = {w.shape[1]: torch.randn(count, w.shape[1]).to(w.dtype) for w in weights}
+        seconds = {name: _best_seconds(function, weights, inputs) for name, function in ways.items()}
+        fastest = min(seconds, key=lambda name: seconds[name])
+        functions.append(ways[fastest])
+        names[f"to {count}"] = fastest
+    return LinearChoice(TOKEN_COUNTS, tuple(functions)), names
+
+
+def _best_seconds(
+    function: LinearFunction, weights: Sequence[torch.Tensor], inputs: Mapping[int, torch.Tensor]
+) -> float:
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        for weight in weights:
+            function(inputs[weight.shape[1]], weight, None)
+        best = min(best, time.perf_counter() - begin)
+    return best

@@ -1,0 +1,17 @@
+// The operators of torch.ops.adapterd. Python's side of each, and what it must equal: linear_cpu.py, lora_cpu.py and
+// attention_cpu.py in the folder above.
+
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(adapterd, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", adapterd::linear);
+  m.def("add_lora(Tensor(a!) y, Tensor x, Tensor table, int first, int last) -> ()", adapterd::add_lora);
+  m.def(
+      "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor sequences, float scale, "
+      "int window, float softcap, Tensor? sinks) -> Tensor",
+      adapterd::paged_attention);
+}

@@ -1,0 +1,135 @@
+// Vectors of float32 on any instruction set, through the compiler's own vector type: no intrinsics.
+//
+// Numbers are handled as pairs of vectors, one block of 2 * kLanes numbers at a time. In bfloat16 a block is one
+// vector load of 32-bit words, and each word holds two neighbours: a shift gives the even ones as float32, a mask
+// the odd ones. That is two cheap instructions for 2 * kLanes weights and no shuffle, and since both sides of every
+// product are split alike, nothing ever needs to be put back in order.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace adapterd {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+constexpr int kBlock = 2 * kLanes;
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using bf16 = c10::BFloat16;
+
+struct Pair {
+  Vec a;
+  Vec b;
+};
+
+template <typename V, typename P>
+inline V load_as(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename To, typename From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &v, sizeof out);
+  return out;
+}
+
+inline Vec splat(float s) { return s - Vec{}; }  // s - 0, not 0 + s: keeps the sign of a zero
+
+inline Vec load_first(const float* p) { return load_as<Vec>(p); }
+inline Vec load_second(const float* p) { return load_as<Vec>(p + kLanes); }
+inline Vec load_first(const bf16* p) { return bits<Vec>(load_as<Words>(p) << 16); }
+inline Vec load_second(const bf16* p) { return bits<Vec>(load_as<Words>(p) & 0xffff0000u); }
+
+template <typename T>
+inline Pair load_pair(const T* p) {
+  return {load_first(p), load_second(p)};
+}
+
+inline void store_pair(float* p, Pair v) {
+  std::memcpy(p, &v.a, sizeof v.a);
+  std::memcpy(p + kLanes, &v.b, sizeof v.b);
+}
+
+// To the nearest bfloat16, ties to even; a NaN stays one.
+inline Words rounded(Vec v) {
+  const Words u = bits<Words>(v);
+  const Words near = u + 0x7fffu + ((u >> 16) & 1u);
+  return v == v ? near : u | 0x00400000u;
+}
+
+inline void store_pair(bf16* p, Pair v) {
+  const Words raw = (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+// The first `count` < kBlock numbers of a block; the others are zero.
+template <typename T>
+inline Pair load_pair(const T* p, int64_t count) {
+  T padded[kBlock] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load_pair(padded);
+}
+
+template <typename T>
+inline void store_pair(T* p, Pair v, int64_t count) {
+  T padded[kBlock];
+  store_pair(padded, v);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+template <int N>
+struct Floats {
+  typedef float type __attribute__((vector_size(4 * N)));
+};
+
+template <int N>
+inline float sum_lanes(typename Floats<N>::type v) {
+  if constexpr (N == 2) {
+    return v[0] + v[1];
+  } else {
+    struct Halves {
+      typename Floats<N / 2>::type low, high;
+    };
+    const auto halves = bits<Halves>(v);
+    return sum_lanes<N / 2>(halves.low + halves.high);
+  }
+}
+
+inline float sum_lanes(Vec v) { return sum_lanes<kLanes>(v); }
+
+// e^x for x <= 0 within 2 units in the last place; 0 below -87, where float32 ends.
+inline Vec exp_negative(Vec x) {
+  const Vec floor = splat(-87.0f);
+  const Vec clamped = x > floor ? x : floor;
+  // x = k ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, so that k ln 2 loses nothing.
+  const Ints k = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Ints);
+  const Vec kf = __builtin_convertvector(k, Vec);
+  const Vec r = clamped - kf * 0.693359375f + kf * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vec scaled = p * bits<Vec>((k + 127) << 23);
+  return x > floor ? scaled : Vec{};
+}
+
+}  // namespace adapterd
