@@ -169,9 +169,9 @@ class AdapterRegistry:
     def load(self, name: str, path: Path | str, *, inplace: bool) -> AdapterId:
         """Read `path` in this thread and make it `name`'s current version; requests from now on use it.
 
-        Without `inplace` a name that is already served is a Conflict. A path that is not absolute is looked
-        for below each adapter directory. Raises AdapterRefused, InvalidRequest, Conflict, Forbidden paths as
-        InvalidRequest.
+        Without `inplace` a name that is already served is a Conflict. A relative path is looked for below
+        each adapter directory; one that is not below any of them is an InvalidRequest. Raises AdapterRefused
+        for an adapter that cannot be applied; then the version before serves on.
         """
         if not is_adapter_name(name):
             raise InvalidRequest(
