@@ -83,9 +83,9 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     try:
-        load = _load(arguments)
+        load = load_of(arguments)
         result: dict[str, Any] = {"bench": "serve", "machine": machine(), "load": _described(load)}
         if arguments.compare:
             targets = [read_target(path) for path in arguments.compare]
@@ -139,7 +139,8 @@ def _target(arguments: argparse.Namespace) -> Target:
     return dataclasses.replace(target, **given)
 
 
-def _load(arguments: argparse.Namespace) -> Load:
+def load_of(arguments: argparse.Namespace) -> Load:
+    """Raises OSError or ValueError for a file or a value that cannot be used."""
     concurrency = None if arguments.rate else arguments.concurrency or 1
     if arguments.trace:
         trace = read_trace(arguments.trace)
@@ -172,7 +173,7 @@ def _load(arguments: argparse.Namespace) -> Load:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.serve",
         description=__doc__,
