@@ -105,6 +105,7 @@ class Sequence:
     `token_ids` is prompt then output; `num_computed_tokens` of them have their keys and values in the
     blocks of `block_table`. There is no prefill or decode flag: a step computes some of
     `num_tokens - num_computed_tokens`, and a step that reaches `num_tokens` samples the next.
+    `passed_by_since_seconds` is when it first stood at its turn while its adapter found no memory.
     """
 
     request: Request
@@ -116,7 +117,7 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    waiting_since_seconds: float = 0.0
+    passed_by_since_seconds: float | None = None
     num_preemptions: int = 0
 
     @property

@@ -88,6 +88,13 @@ class BlockPool:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Whatever these blocks hold is not to be found again. Those that count on them are not disturbed."""
+        for block in blocks:
+            block_hash = self._hash_of.pop(block, None)
+            if block_hash is not None:
+                del self._block_of[block_hash]
+
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each of a sequence's blocks; its tail is reused before its shared head."""
         for block in reversed(blocks):

@@ -31,7 +31,7 @@ from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.outputs import OutputBuilder
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
 from adapterd.engine.slots import AdapterSlots
-from adapterd.errors import AdapterRefused, ContextLengthExceeded, Overloaded, Unavailable
+from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class Engine:
         self._weights = weights
         self._memory = memory
         self._max_queue = max_queue
+        self._vocab_size = spec.vocab_size
         self._clock = clock
         self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
@@ -104,10 +105,11 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request whose adapters the caller has leased; from here on the engine holds their weights.
 
-        Raises ContextLengthExceeded, AdapterRefused (adapter memory cannot hold its adapters together),
-        Overloaded (queue full) or Unavailable (engine dead or stopping).
+        Raises ContextLengthExceeded, InvalidRequest (token ids that are none), AdapterRefused (adapter memory
+        cannot hold its adapters together), Overloaded (queue full) or Unavailable (engine dead or stopping).
         """
         self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
+        self._check_token_ids(request)
         self._check_adapters(request.mix)
         with self._changed:
             if self._failed is not None:
@@ -133,6 +135,16 @@ class Engine:
                 f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; together they must "
                 f"be within the context of {self.max_model_len} tokens, and the prompt must not be empty",
                 param="max_tokens" if 0 < num_prompt_tokens < self.max_model_len else "messages",
+            )
+
+    def _check_token_ids(self, request: Request) -> None:
+        """An id beyond the embedding would not fail its request but the step, and everyone in it."""
+        params = request.params
+        ids = (*request.prompt_token_ids, *params.stop_token_ids, *(token for token, _ in params.logit_bias))
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise InvalidRequest(
+                f"token ids must be from 0 to {self._vocab_size - 1}; the request has {min(ids)} to {max(ids)}",
+                param="prompt",
             )
 
     def _check_adapters(self, mix: AdapterMix) -> None:
@@ -185,7 +197,8 @@ class Engine:
         sampled = self._runner.run(batch)
         built = self._outputs.build(batch, sampled)
         finished = [sequence for sequence, output in built if output.finish_reason is not None]
-        self._scheduler.update(batch, finished)
+        spoiled = [sequence for sequence, output in built if output.finish_reason == "error"]
+        self._scheduler.update(batch, finished, spoiled)
         for sequence in finished:
             self._forget(sequence)
         self._num_steps += 1

@@ -44,7 +44,6 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
-        sequence.waiting_since_seconds = self._clock()
         self.waiting.append(sequence)
 
     def schedule(self) -> Batch:
@@ -57,20 +56,22 @@ class Scheduler:
         scheduled = sorted(chosen.values(), key=lambda item: item.sequence.mix)
         return Batch(tuple(scheduled), evictions, uploads)
 
-    def update(self, batch: Batch, finished: Iterable[Sequence]) -> None:
-        """The batch has run: count its tokens as computed, publish full blocks, free what is finished."""
+    def update(self, batch: Batch, finished: Iterable[Sequence], spoiled: Iterable[Sequence] = ()) -> None:
+        """The batch has run: count its tokens as computed, publish full blocks, free what is finished.
+
+        `spoiled`, some of `finished`, came to numbers that are none: no prefix of theirs may be found again.
+        """
+        size = self._blocks.block_size
         for item in batch.scheduled:
             sequence = item.sequence
-            first = sequence.num_computed_tokens // self._blocks.block_size
+            first, full = sequence.num_computed_tokens // size, item.end // size
             sequence.num_computed_tokens = item.end
-            hash_blocks(
-                sequence.mix,
-                sequence.token_ids[: item.end],
-                self._blocks.block_size,
-                sequence.block_hashes,
-            )
-            for index in range(first, item.end // self._blocks.block_size):
+            if full > first:
+                hash_blocks(sequence.mix, sequence.token_ids[: item.end], size, sequence.block_hashes)
+            for index in range(first, full):
                 self._blocks.publish(sequence.block_table[index], sequence.block_hashes[index])
+        for sequence in spoiled:
+            self._blocks.forget(sequence.block_table)
         for sequence in finished:
             self._finish(sequence)
 
@@ -110,7 +111,10 @@ class Scheduler:
                 break
             if sequence.mix in refused or not self._slots.hold(sequence.mix):
                 refused.add(sequence.mix)
-                if self._clock() - sequence.waiting_since_seconds > self._limits.max_adapter_wait_seconds:
+                if sequence.passed_by_since_seconds is None:
+                    sequence.passed_by_since_seconds = self._clock()
+                waited = self._clock() - sequence.passed_by_since_seconds
+                if waited > self._limits.max_adapter_wait_seconds:
                     break
                 passed_by.append(self.waiting.popleft())
                 continue
@@ -138,6 +142,7 @@ class Scheduler:
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         sequence.state = SequenceState.RUNNING
+        sequence.passed_by_since_seconds = None
         self.running.append(sequence)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -154,7 +159,6 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING
-        sequence.waiting_since_seconds = self._clock()
         self.waiting.appendleft(sequence)
 
     def _finish(self, sequence: Sequence) -> None:

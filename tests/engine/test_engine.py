@@ -26,7 +26,7 @@ from adapterd.engine.build import collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine, EngineMemory
 from adapterd.engine.scheduler import SchedulerLimits
-from adapterd.errors import AdapterRefused, ContextLengthExceeded, Overloaded, Unavailable
+from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from adapterd.token_table import TokenTable
 
 VOCAB_SIZE = 50
@@ -299,13 +299,30 @@ def test_mix_that_can_never_be_resident_is_refused_at_once(engine: Engine) -> No
 def test_prompt_and_answer_must_fit_the_context(
     engine: Engine, num_prompt_tokens: int, max_tokens: int, fits: bool
 ) -> None:
-    request = make_request("r", prompt=range(num_prompt_tokens), params=SamplingParams(max_tokens=max_tokens))
+    request = make_request("r", prompt=[1] * num_prompt_tokens, params=SamplingParams(max_tokens=max_tokens))
     if fits:
         engine.submit(request)
         assert collect(engine)[RequestId("r"), 0].finish_reason == "length"
     else:
         with pytest.raises(ContextLengthExceeded, match="64 tokens"):
             engine.submit(request)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params"),
+    [
+        ([1, 50], SamplingParams(max_tokens=1)),
+        ([-1], SamplingParams(max_tokens=1)),
+        ([1], SamplingParams(max_tokens=1, stop_token_ids=(50,))),
+        ([1], SamplingParams(max_tokens=1, logit_bias=((50, 1.0),))),
+    ],
+)
+def test_token_ids_that_are_none_fail_their_request_and_not_the_step(
+    engine: Engine, prompt: list[int], params: SamplingParams
+) -> None:
+    with pytest.raises(InvalidRequest, match="0 to 49"):
+        engine.submit(make_request("r", prompt=prompt, params=params))
+    assert not engine.has_work()
 
 
 def test_weights_are_held_from_submit_until_the_last_sequence_ends_however_it_ends(

@@ -245,6 +245,35 @@ def test_sequence_whose_adapter_finds_no_memory_is_passed_by_for_a_bounded_time(
     bench.run_dry()
 
 
+def test_time_in_an_ordinary_queue_does_not_count_as_being_passed_by() -> None:
+    """Regression: under load everyone is old, and each adapter miss held up the whole queue at once."""
+    bench = Bench(limits=SchedulerLimits(64, 2, max_adapter_wait_seconds=1.0))
+    bench.add(3, num_answer_tokens=20, adapter_mix=mix("d"))
+    bench.add(3, num_answer_tokens=2)
+    misses = bench.add(3, adapter_mix=mix("a"))
+    behind = bench.add(3)
+    bench.turn()
+    bench.now = 60.0
+    bench.turn()
+    bench.turn()
+    assert misses.state is SequenceState.WAITING
+    assert behind.state is SequenceState.RUNNING
+    bench.run_dry()
+
+
+def test_nothing_of_a_spoiled_sequence_is_found_again() -> None:
+    bench = Bench(limits=SchedulerLimits(64, 4))
+    tokens = list(range(3 * BLOCK_SIZE))
+    first = bench.add(0, tokens=tokens)
+    batch = bench.scheduler.schedule()
+    bench.scheduler.update(batch, finished=[first], spoiled=[first])
+    bench.scheduler.check_integrity()
+    second = bench.add(0, tokens=tokens)
+    bench.turn()
+    assert second.num_cached_tokens == 0
+    bench.run_dry()
+
+
 def test_base_traffic_passes_a_sequence_that_waits_for_adapter_memory() -> None:
     bench = Bench()
     bench.add(3, num_answer_tokens=10, adapter_mix=mix("d"))
