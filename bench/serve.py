@@ -28,7 +28,7 @@ import httpx
 from bench.client import run_closed, run_open
 from bench.load import Load, build_requests, build_warmup, find_prompt_form
 from bench.report import Figures, describe, emit, machine, median_of, parse_objective, ratios, summarise
-from bench.target import MemoryPeak, Running, Target, read_target, running, server_version
+from bench.target import Running, Target, read_target, running, server_version
 from bench.workload import (
     COMMON_WORDS,
     Lengths,
@@ -42,24 +42,23 @@ async def run_round(server: Running, load: Load, round_index: int) -> Figures:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(load.request_timeout_seconds, connect=30.0)
     target = server.target
-    with MemoryPeak(server.pid) as memory:
-        async with httpx.AsyncClient(base_url=target.url, limits=limits, timeout=timeout) as client:
-            form = await find_prompt_form(client, load, target)
-            warmup = build_warmup(load, target, form, round_index)
-            failed = [r.error for r in await run_closed(client, warmup, load.concurrency or 1) if r.error]
-            if failed:
-                raise RuntimeError(f"{target.name} failed {len(failed)} requests of the warm-up: {failed[0]}")
-            requests = build_requests(load, target, form, round_index)
-            began, cpu_began = time.perf_counter(), _cpu_seconds()
-            if load.rate:
-                records = await run_open(client, requests)
-            else:
-                records = await run_closed(client, requests, load.concurrency or 1)
-            client_cpu = (_cpu_seconds() - cpu_began) / (time.perf_counter() - began)
+    async with httpx.AsyncClient(base_url=target.url, limits=limits, timeout=timeout) as client:
+        form = await find_prompt_form(client, load, target)
+        warmup = build_warmup(load, target, form, round_index)
+        failed = [r.error for r in await run_closed(client, warmup, load.concurrency or 1) if r.error]
+        if failed:
+            raise RuntimeError(f"{target.name} failed {len(failed)} requests of the warm-up: {failed[0]}")
+        requests = build_requests(load, target, form, round_index)
+        began, cpu_began = time.perf_counter(), _cpu_seconds()
+        if load.rate:
+            records = await run_open(client, requests)
+        else:
+            records = await run_closed(client, requests, load.concurrency or 1)
+        client_cpu = (_cpu_seconds() - cpu_began) / (time.perf_counter() - began)
     figures = summarise(records, load.objective)
     figures["server_version"] = server_version(target)
     figures["prompt_form"] = form.kind
-    figures["peak_rss_bytes"] = memory.peak_rss_bytes
+    figures["peak_rss_bytes"] = server.memory.peak_rss_bytes
     figures["startup_seconds"] = server.startup_seconds
     figures["client_cpu_share"] = client_cpu  # of one core: what the load itself takes from the server
     return figures

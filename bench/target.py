@@ -69,10 +69,10 @@ def read_target(path: Path) -> Target:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers. `pid` is None where nobody said which process it is."""
+    """A server that answers. `memory` watches it from its start, or from now if it ran already."""
 
     target: Target
-    pid: int | None
+    memory: "MemoryPeak"
     startup_seconds: float | None
 
 
@@ -81,7 +81,8 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
     """Start the target's command and wait until it is ready, or just wait; stop at the end what was started."""
     if target.start is None:
         _wait_until_ready(target, timeout_seconds, None)
-        yield Running(target, pid, None)
+        with MemoryPeak(pid) as memory:
+            yield Running(target, memory, None)
         return
     if _is_ready(target):
         raise RuntimeError(
@@ -99,11 +100,12 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
             start_new_session=True,  # so that its whole process group can be ended, and nothing else
         )
         try:
-            try:
-                _wait_until_ready(target, timeout_seconds, process)
-            except RuntimeError as error:
-                raise RuntimeError(f"{error}\n{shlex.join(command)}\n{_tail(log)}") from None
-            yield Running(target, process.pid, time.perf_counter() - began)
+            with MemoryPeak(process.pid) as memory:
+                try:
+                    _wait_until_ready(target, timeout_seconds, process)
+                except RuntimeError as error:
+                    raise RuntimeError(f"{error}\n{shlex.join(command)}\n{_tail(log)}") from None
+                yield Running(target, memory, time.perf_counter() - began)
         finally:
             _stop(process)
 
