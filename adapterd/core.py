@@ -70,7 +70,8 @@ class SamplingParams:
 class Request:
     """What a client asked. `eos_token_ids` come from the base or from the adapter's own tokenizer files.
 
-    `num_sequences` answers are drawn from one prompt. `arrival_seconds` is monotonic time.
+    `num_sequences` answers are drawn from one prompt. `arrival_seconds` is monotonic time. `continues_prompt`:
+    the answer goes on where the prompt's text ends, rather than being a text of its own (a chat message).
     """
 
     id: RequestId
@@ -80,6 +81,7 @@ class Request:
     eos_token_ids: frozenset[int]
     arrival_seconds: float
     num_sequences: int = 1
+    continues_prompt: bool = False
 
 
 @dataclass(frozen=True)

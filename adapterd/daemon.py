@@ -1,6 +1,7 @@
 """Everything that serves, assembled in one process: what `serve`, `eval` and the tests stand on. No HTTP."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,8 @@ from adapterd.core import BaseSpec, Request, RequestId
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
-from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.errors import BaseRefused
+from adapterd.model.base import DeviceName, DtypeName, find_base, load_base
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
 from adapterd.token_table import TokenTable
@@ -44,6 +46,7 @@ class Daemon:
     @classmethod
     def build(cls, settings: DaemonSettings) -> "Daemon":
         """Load the base and start reading the adapters. Raises BaseRefused or ConfigError."""
+        fingerprint = base_fingerprint(find_base(settings.base))
         base = load_base(
             settings.base,
             served_name=settings.served_name,
@@ -52,21 +55,25 @@ class Daemon:
             max_model_len=settings.max_model_len,
         )
         renderer = Renderer.load(base.directory)
+        # A turn may end with a token that only the chat template names.
+        spec = replace(base.spec, eos_token_ids=base.spec.eos_token_ids | renderer.eos_token_ids)
+        if base_fingerprint(base.directory) != fingerprint:
+            raise BaseRefused(f"the base in {base.directory} was rewritten while it was loaded; start again")
         vocabulary = Vocabulary(
             TokenTable(renderer.token_bytes, renderer.strips_leading_space), renderer.special_token_ids
         )
         # The registry tells the engine which versions have gone, the engine asks the registry for weights:
         # each is handed a late look-up of the other.
         registry = AdapterRegistry(
-            base.spec,
+            spec,
             settings.adapters,
             tokenizer=renderer.identity,
-            base_fingerprint=base_fingerprint(base.directory),
+            base_fingerprint=fingerprint,
             on_drop=lambda adapter_id: engine.retire(adapter_id),
             check=lambda adapter: check_fits(runner, adapter),
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings)
-        return cls(base.spec, renderer, registry, engine)
+        return cls(spec, renderer, registry, engine)
 
     def generate(self, requests: Sequence[Request]) -> dict[tuple[RequestId, int], Finished]:
         """Run requests to their end in this thread, by (request id, index). The engine must not be started."""

@@ -291,12 +291,16 @@ class AdapterRegistry:
     # Loading
 
     def _locate(self, path: str) -> tuple[Path, Path]:
-        """Where a requested path is and which root it is below; both as given, with links unfollowed."""
+        """Where a requested path is and which root it is below; both as given, with links unfollowed.
+
+        A path that is not absolute counts from each root, then from where the daemon was started.
+        """
         for root in self._roots:
-            candidate = Path(os.path.normpath(root / path))
-            below = candidate.is_relative_to(root) or candidate.is_relative_to(root.resolve())
-            if below and candidate.is_dir():
-                return candidate, root
+            for start in (root, Path.cwd()):
+                candidate = Path(os.path.normpath(start / path))
+                below = candidate.is_relative_to(root) or candidate.is_relative_to(root.resolve())
+                if below and candidate.is_dir():
+                    return candidate, root
         raise InvalidRequest(f"{shown(path)} is no folder below the adapter directories", param="lora_path")
 
     def _read(self, name: str, directory: Path, root: Path) -> Adapter:

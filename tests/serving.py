@@ -26,36 +26,45 @@ def served(*arguments: str, cwd: Path | None = None) -> Iterator[str]:
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    lines: list[str] = []
-    url = _wait_until_ready(process, lines)
+    log = _Log(process)
     try:
-        yield url
-    finally:
+        yield log.wait_until_ready()
         process.send_signal(signal.SIGTERM)
-        try:
-            status = process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise AssertionError("adapterd did not leave at SIGTERM:\n" + "".join(lines)) from None
-    assert status == 0, f"adapterd left with status {status}:\n" + "".join(lines)
+        status = process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"adapterd did not leave at SIGTERM:\n{log.text}") from None
+    finally:
+        process.kill()  # harmless once it has left
+        process.wait()
+        log.close()
+    assert status == 0, f"adapterd left with status {status}:\n{log.text}"
 
 
-def _wait_until_ready(process: "subprocess.Popen[str]", lines: list[str]) -> str:
-    assert process.stdout is not None
-    found: list[str] = []
-    ready = threading.Event()
+class _Log:
+    """What a process prints, read as it comes so that it never blocks on a full pipe."""
 
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.append(line)
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        self._stdout = process.stdout
+        self._url: str | None = None
+        self._is_known = threading.Event()
+        self.text = ""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._stdout:
+            self.text += line
             if match := _READY.search(line):
-                found.append(match[1])
-                ready.set()
-        ready.set()
+                self._url = match[1]
+                self._is_known.set()
+        self._is_known.set()
 
-    threading.Thread(target=read, daemon=True).start()
-    ready.wait(_START_SECONDS)
-    if not found:
-        process.kill()
-        raise AssertionError("adapterd did not start:\n" + "".join(lines))
-    return found[0]
+    def wait_until_ready(self) -> str:
+        self._is_known.wait(_START_SECONDS)
+        assert self._url is not None, f"adapterd did not start:\n{self.text}"
+        return self._url
+
+    def close(self) -> None:
+        self._thread.join()
+        self._stdout.close()

@@ -36,10 +36,12 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        continues_prompt: bool = False,
     ) -> None:
         self._token_bytes = vocabulary.table.token_bytes
         self._skipped = vocabulary.special_token_ids if skip_special_tokens else frozenset()
-        self._strip_next_space = vocabulary.table.strips_leading_space
+        # Such tokenizers drop one space at the start of a text; what continues a text does not start one.
+        self._strip_next_space = vocabulary.table.strips_leading_space and not continues_prompt
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._include_stop = include_stop

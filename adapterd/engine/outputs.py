@@ -37,6 +37,7 @@ class OutputBuilder:
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                continues_prompt=sequence.request.continues_prompt,
             )
         )
 

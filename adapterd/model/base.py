@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,6 +63,7 @@ def load_base(
     Raises BaseRefused when the files are missing or the family cannot be served exactly.
     """
     register_attention()
+    transformers.utils.logging.disable_progress_bar()  # the daemon's log is for lines
     directory = find_base(name_or_dir)
     config = _read_config(directory, name_or_dir)
     context = _exact_context(config, max_model_len)

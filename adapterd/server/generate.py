@@ -46,13 +46,16 @@ class Dialect(Generic[B]):
 
     body: type[B]
     prompt_field: str
+    continues_prompt: bool
     id_prefix: str
     prompts: Callable[[B, Renderer, ResolvedModel], list[Prompt]]
     answer: Callable[[B, AnswerHead, Renderer], Answer]
 
 
-CHAT = Dialect(ChatCompletionRequest, "messages", "chatcmpl-", chat.prompts, chat.ChatAnswer)
-COMPLETIONS = Dialect(CompletionRequest, "prompt", "cmpl-", completions.prompts, completions.CompletionAnswer)
+CHAT = Dialect(ChatCompletionRequest, "messages", False, "chatcmpl-", chat.prompts, chat.ChatAnswer)
+COMPLETIONS = Dialect(
+    CompletionRequest, "prompt", True, "cmpl-", completions.prompts, completions.CompletionAnswer
+)
 
 
 class Generate(Generic[B]):
@@ -114,6 +117,7 @@ class Generate(Generic[B]):
                     eos_token_ids=resolved.eos_token_ids,
                     arrival_seconds=arrival_seconds,
                     num_sequences=body.n,
+                    continues_prompt=self._dialect.continues_prompt,
                 )
             )
         return requests

@@ -21,12 +21,14 @@ def detokenizer(
     skip_special_tokens: bool = True,
     special: frozenset[int] = frozenset(),
     strips_leading_space: bool = False,
+    continues_prompt: bool = False,
 ) -> Detokenizer:
     return Detokenizer(
         Vocabulary(TokenTable(table, strips_leading_space), special),
         stop=stop,
         include_stop=include_stop,
         skip_special_tokens=skip_special_tokens,
+        continues_prompt=continues_prompt,
     )
 
 
@@ -151,6 +153,8 @@ def test_one_leading_space_is_dropped_once_where_the_tokenizer_does_so() -> None
         assert "".join(subject.push(token).text for token in tokens) == text
     plain = detokenizer(table)
     assert "".join(plain.push(token).text for token in (1, 2)) == " Hello there"
+    continued = detokenizer(table, strips_leading_space=True, continues_prompt=True)
+    assert "".join(continued.push(token).text for token in (1, 2)) == " Hello there"
 
 
 def test_ids_beyond_the_tokenizer_say_nothing() -> None:
