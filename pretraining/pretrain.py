@@ -194,7 +194,7 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> Progress:
     checkpoint, log = work / "checkpoint.pt", work / "log.jsonl"
     progress = Progress()
     if arguments.resume:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+        tokenizer = tokenizers.load(work / "tokenizer")
     else:
         chats = corpus.stream(corpus.conversation, f"{arguments.seed}:tokenizer")
         sample = itertools.islice(chats, recipe.tokenizer_chats)

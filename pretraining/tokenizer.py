@@ -53,6 +53,15 @@ def train(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _as_transformers(tokenizer)
+
+
+def load(directory: Path) -> PreTrainedTokenizerFast:
+    """What `save` wrote, with nothing added: saved again, the files are the same."""
+    return _as_transformers(Tokenizer.from_file(str(directory / "tokenizer.json")))
+
+
+def _as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,

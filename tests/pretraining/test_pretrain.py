@@ -68,7 +68,9 @@ def test_a_resumed_run_goes_on_where_it_stopped(
 ) -> None:
     full = finished[1]
     stopped = pretrain.train(arguments(tmp_path, 24_000, "--stop-after", "8000"), TINY)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "work" / "tokenizer").iterdir()}
     resumed = pretrain.train(arguments(tmp_path, 24_000, "--resume"), TINY)
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
     assert 8000 <= stopped.tokens < full.tokens
     assert resumed.tokens == full.tokens
     assert resumed.loss == pytest.approx(full.loss, rel=1e-3)
