@@ -1,8 +1,8 @@
 """Train the tokenizer and the base model `mini` from scratch, in one command.
 
-    python -m pretraining.pretrain --minutes 60 --out adapterd/mini --work /var/tmp/mini
+    python -m pretraining.pretrain --minutes 60 --out adapterd/mini --work build/mini
     python -m pretraining.pretrain --tokens 8000000 --seed 1 ...
-    python -m pretraining.pretrain --resume --work /var/tmp/mini ...
+    python -m pretraining.pretrain --resume --work build/mini ...
 
 Four phases. Words: bare words said again; drills: copying under instructions; both in short rows, each until its copy
 probe passes (a gate; a cap keeps a failure from eating the budget, and the record shows it). Mixture: the whole corpus
