@@ -40,6 +40,7 @@ class NativeLoraStep(LoraStep):
             id(s.products): known.get(id(s.products)) or self._mix_table(s.products) for s in segments
         }
         if not segments:
+            self._bounds = [0] * (len(self._linears) + 1)
             return
         tables = [self._mixes[id(segment.products)] for segment in segments]
         lengths = torch.tensor([len(table.rows) for table in tables])

@@ -30,13 +30,15 @@ def num_usable_cores() -> int:
     # Linux says which of them the process may run on; elsewhere it may run on all.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     threads_per_core = max(logical // physical, 1)
-    return max(min(physical, -(-allowed // threads_per_core), _quota(Path("/sys/fs/cgroup/cpu.max"))), 1)
+    usable = min(physical, -(-allowed // threads_per_core))
+    limit = quota(Path("/sys/fs/cgroup/cpu.max"))
+    return max(usable if limit is None else min(usable, limit), 1)
 
 
-def _quota(cpu_max: Path) -> int:
-    """A container's share, in processors: "150000 100000" is one and a half, of which one thread can count on one."""
+def quota(cpu_max: Path) -> int | None:
+    """What a version 2 control group allows: "150000 100000" is one and a half processors, enough for one thread."""
     try:
-        quota, period = cpu_max.read_text().split()
-    except (OSError, ValueError):  # no such file outside a version 2 control group
-        return os.cpu_count() or 1
-    return os.cpu_count() or 1 if quota == "max" else max(int(quota) // int(period), 1)
+        granted, period = cpu_max.read_text().split()
+    except FileNotFoundError:  # not in such a group
+        return None
+    return None if granted == "max" else max(int(granted) // int(period), 1)

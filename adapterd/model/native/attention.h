@@ -46,13 +46,23 @@ inline void slot_runs(const int64_t* slots, int64_t begin, int64_t end, std::vec
 inline void softmax(float* scores, int64_t count, const AttentionParams& params, const float* sink) {
   const float scale = params.softcap > 0 ? params.scale / params.softcap : params.scale;
   float largest = sink ? *sink : -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] *= scale;
-    if (params.softcap > 0) scores[i] = params.softcap * std::tanh(scores[i]);
-    largest = scores[i] > largest ? scores[i] : largest;
-  }
-  Vec sums{};
+  Vec most = splat(largest);
   int64_t i = 0;
+  if (params.softcap > 0) {
+    for (; i < count; ++i) scores[i] = params.softcap * std::tanh(scores[i] * scale);
+    i = 0;
+  } else {
+    for (; i < count; ++i) scores[i] *= scale;
+    i = 0;
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec here = load_as<Vec>(scores + i);
+    most = here > most ? here : most;
+  }
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+  for (; i < count; ++i) largest = std::max(largest, scores[i]);
+  Vec sums{};
+  i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vec weights = exp_negative(load_as<Vec>(scores + i) - largest);
     std::memcpy(scores + i, &weights, sizeof weights);
@@ -67,11 +77,24 @@ inline void softmax(float* scores, int64_t count, const AttentionParams& params,
   for (i = 0; i < count; ++i) scores[i] /= sum;
 }
 
+// Kept from unit to unit by one thread, so that it allocates but a few times.
+template <typename T>
 struct AttentionScratch {
   std::vector<SlotRun> slot_runs;
+  std::vector<Run<T>> value_runs;
   std::vector<float> query;
   std::vector<float> scores;
+  std::vector<T*> out_rows;
 };
+
+// One head's keys (or values) lie a whole token apart, which the processor does not guess: it has to be told.
+template <typename T>
+inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(rows + r * stride + i, 0, 2);
+  }
+}
 
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, key_dim, value_dim;
@@ -80,13 +103,13 @@ struct AttentionShape {
 // One unit, one key head and the query heads that share it.
 template <typename T>
 void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& shape, const AttentionParams& params,
-            const T* query, const T* keys, const T* values, const float* sinks, T* out, AttentionScratch& scratch) {
+            const T* query, const T* keys, const T* values, const float* sinks, T* out, AttentionScratch<T>& scratch) {
   const int64_t group = shape.num_heads / shape.num_kv_heads;
   const int64_t rows = unit.num_tokens * group;
   const int64_t end = unit.position + unit.num_tokens;
   const int64_t begin = params.window ? std::max<int64_t>(0, unit.position - params.window + 1) : 0;
   const int64_t context = end - begin;
-  const int64_t width = padded(shape.key_dim);
+  const int64_t width = split_stride(shape.key_dim);
   slot_runs(unit.slots, begin, end, scratch.slot_runs);
   scratch.query.resize(rows * width);
   scratch.scores.assign(rows * context, 0.0f);
@@ -97,14 +120,17 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
   }
 
   const int64_t key_stride = shape.num_kv_heads * shape.key_dim;
+  const int64_t value_stride = shape.num_kv_heads * shape.value_dim;
   for (const SlotRun& run : scratch.slot_runs) {
     for (int64_t i = 0; i < run.length; i += kGroupRows) {
       const int count = static_cast<int>(std::min<int64_t>(kGroupRows, run.length - i));
       const T* here = keys + (run.slot + i) * key_stride + kv_head * shape.key_dim;
+      prefetch_rows(values + (run.slot + i) * value_stride + kv_head * shape.value_dim, value_stride, count,
+                    shape.value_dim);
       for (int64_t k = 0; k < shape.key_dim; k += kChunk) {
         dot_group<T>(count, here + k, key_stride, scratch.query.data() + k, width, rows,
                      std::min(kChunk, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
-                     nullptr);
+                     here + kGroupRows * key_stride + k);
       }
     }
   }
@@ -117,13 +143,14 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
     std::fill(scores + position + 1 - begin, scores + context, 0.0f);
   }
 
-  std::vector<Run<T>> value_runs;
-  const int64_t value_stride = shape.num_kv_heads * shape.value_dim;
+  std::vector<Run<T>>& value_runs = scratch.value_runs;
+  value_runs.clear();
   for (const SlotRun& run : scratch.slot_runs) {
     value_runs.push_back({values + run.slot * value_stride + kv_head * shape.value_dim,
                           scratch.scores.data() + run.position - begin, context, run.length});
   }
-  std::vector<T*> out_rows;
+  std::vector<T*>& out_rows = scratch.out_rows;
+  out_rows.clear();
   for (int64_t r = 0; r < rows; ++r) out_rows.push_back(out + row_of(r) * shape.value_dim);
   axpy(out_rows.data(), rows, false, value_runs.data(), static_cast<int64_t>(value_runs.size()), value_stride, 0,
        shape.value_dim);
@@ -173,7 +200,7 @@ inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     at::parallel_for(0, num_items, grain(item_work), [&](int64_t begin, int64_t end) {
-      AttentionScratch scratch;
+      AttentionScratch<T> scratch;
       for (int64_t item = begin; item < end; ++item) {
         // Head by head, so that each thread gets short and long contexts alike.
         attend<T>(units[item % num_units], item / num_units, shape, params, rows.const_data_ptr<T>(),

@@ -17,13 +17,13 @@ constexpr int64_t kGrain = 1 << 16;
 
 inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
 
-// Rows of x in float32, split: what every tile reads. [tokens, padded(n)]
+// Rows of x in float32, split: what every tile reads. [tokens, split_stride(n)]
 template <typename T>
 at::Tensor split_rows(const T* x, int64_t tokens, int64_t n) {
-  at::Tensor split = at::empty({tokens, padded(n)}, at::kFloat);
+  at::Tensor split = at::empty({tokens, split_stride(n)}, at::kFloat);
   float* out = split.mutable_data_ptr<float>();
   at::parallel_for(0, tokens, grain(n), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) split_row(x + t * n, n, out + t * padded(n));
+    for (int64_t t = begin; t < end; ++t) split_row(x + t * n, n, out + t * split_stride(n));
   });
   return split;
 }
@@ -45,7 +45,7 @@ void linear_rows(const T* w, const T* bias, const float* x, int64_t tokens, int6
         } else if (group + 1 < end && row + 2 * kGroupRows <= d_out) {
           next = w + (row + kGroupRows) * d_in;
         }
-        dot_group(rows, here, d_in, x + k, padded(d_in), tokens, std::min(kChunk, d_in - k), sums.data(), kGroupRows,
+        dot_group(rows, here, d_in, x + k, split_stride(d_in), tokens, std::min(kChunk, d_in - k), sums.data(), kGroupRows,
                   next);
       }
       for (int64_t t = 0; t < tokens; ++t) {

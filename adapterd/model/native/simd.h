@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace adapterd {
 
@@ -99,19 +100,40 @@ struct Floats {
 };
 
 template <int N>
-inline float sum_lanes(typename Floats<N>::type v) {
-  if constexpr (N == 2) {
-    return v[0] + v[1];
+inline typename Floats<4>::type fold_to_four(typename Floats<N>::type v) {
+  if constexpr (N == 4) {
+    return v;
   } else {
     struct Halves {
       typename Floats<N / 2>::type low, high;
     };
     const auto halves = bits<Halves>(v);
-    return sum_lanes<N / 2>(halves.low + halves.high);
+    return fold_to_four<N / 2>(halves.low + halves.high);
   }
 }
 
-inline float sum_lanes(Vec v) { return sum_lanes<kLanes>(v); }
+inline float sum_lanes(Vec v) {
+  const auto four = fold_to_four<kLanes>(v);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The four vectors' sums, in order. Together they cost a third of four single sums: lanes of two vectors are
+// interleaved while they are added (p q p q ...), then of two such pairs (p q r s p q r s ...), then folded.
+template <std::size_t... I>
+inline typename Floats<4>::type sum_lanes_of_four(Vec p, Vec q, Vec r, Vec s, std::index_sequence<I...>) {
+  constexpr int n = kLanes;
+  const Vec pq = __builtin_shufflevector(p, q, (I % 2 ? n + I - 1 : I)...) +
+                 __builtin_shufflevector(p, q, (I % 2 ? n + I : I + 1)...);
+  const Vec rs = __builtin_shufflevector(r, s, (I % 2 ? n + I - 1 : I)...) +
+                 __builtin_shufflevector(r, s, (I % 2 ? n + I : I + 1)...);
+  const Vec all = __builtin_shufflevector(pq, rs, (I % 4 < 2 ? I : n + I - 2)...) +
+                  __builtin_shufflevector(pq, rs, (I % 4 < 2 ? I + 2 : n + I)...);
+  return fold_to_four<n>(all);
+}
+
+inline typename Floats<4>::type sum_lanes_of_four(Vec p, Vec q, Vec r, Vec s) {
+  return sum_lanes_of_four(p, q, r, s, std::make_index_sequence<kLanes>{});
+}
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87, where float32 ends.
 inline Vec exp_negative(Vec x) {

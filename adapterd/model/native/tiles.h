@@ -21,9 +21,11 @@ constexpr int kTileTokens = 6;  // tokens that a tile takes: 4 * 6 sums, with a 
 
 constexpr int64_t kChunk = 1024;  // columns at a time: 6 tokens of them, 24 KiB, stay in the first cache
 
-inline int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+// Floats from one split row to the next: whole blocks, and one more, since rows a multiple of 4096 bytes apart would
+// all fall into the same few lines of the first cache.
+inline int64_t split_stride(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock + kBlock; }
 
-// One row of x, split. out holds padded(n) floats.
+// One row of x, split. out holds split_stride(n) floats.
 template <typename T>
 inline void split_row(const T* x, int64_t n, float* out) {
   int64_t k = 0;
@@ -82,8 +84,14 @@ inline void dot_tile(const T* w, int64_t ldw, const float* x, int64_t ldx, int64
   }
 #pragma GCC unroll 8
   for (int i = 0; i < NX; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < NW; ++j) out[i * ldo + j] += sum_lanes(sums[i][j]);
+    if constexpr (NW == 4) {
+      const auto four = load_as<Floats<4>::type>(out + i * ldo) +
+                        sum_lanes_of_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      std::memcpy(out + i * ldo, &four, sizeof four);
+    } else {
+      static_assert(NW == 1);
+      out[i * ldo] += sum_lanes(sums[i][0]);
+    }
   }
 }
 
@@ -111,6 +119,7 @@ inline void dot_tokens(int tokens, const T* w, int64_t ldw, const float* x, int6
 template <typename T>
 inline void dot_group(int rows, const T* w, int64_t ldw, const float* x, int64_t ldx, int64_t tokens, int64_t n,
                       float* out, int64_t ldo, const T* next) {
+  if (tokens == 0) return;
   const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
   const int64_t share = (kTileRows + passes - 1) / passes;
   int64_t start = 0;

@@ -1,0 +1,123 @@
+"""The C++ operators are built once for each state of their sources, found again, and never needed."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapterd.errors import BaseRefused
+from adapterd.model import native
+from adapterd.model.kernels import NATIVE_KERNELS, TORCH_KERNELS, choose_kernels
+from tests.native_kernels import require_native_kernels
+
+CPU = torch.device("cpu")
+
+
+def run_in_new_process(code: str, **environment: str) -> str:
+    """Operators stay loaded for the life of a process, so what comes before loading needs one of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    return done.stdout
+
+
+def test_a_second_build_finds_the_first() -> None:
+    require_native_kernels()
+    before = native.library_path().stat().st_mtime_ns
+    assert native.build() == native.library_path()
+    assert native.library_path().stat().st_mtime_ns == before
+
+
+def test_cache_directory_is_the_one_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library_path().parent == tmp_path / "adapterd"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert native.library_path().parent == tmp_path / ".cache" / "adapterd"
+
+
+def test_without_a_compiler_building_fails_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(native.BuildFailed, match="install one"):
+        native.build()
+    assert not native.library_path().exists()
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'no such instruction set' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(native.BuildFailed, match="no such instruction set"):
+        native.build()
+    assert list((tmp_path / "adapterd").iterdir()) == []
+
+
+_LOAD = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+from adapterd.model import native
+print(native.load(), native.is_loaded(), native.library_path().exists())
+"""
+
+
+def test_loading_never_compiles_and_says_how_to_build(tmp_path: Path) -> None:
+    said = run_in_new_process(_LOAD, XDG_CACHE_HOME=str(tmp_path), PATH="/usr/bin:/bin")
+    assert "INFO running without the C++ operators; `python -m adapterd.model.native` builds them" in said
+    assert "False False False" in said
+
+
+def test_a_library_that_is_damaged_is_left_alone_with_a_warning(tmp_path: Path) -> None:
+    damage = (
+        "from adapterd.model import native; path = native.library_path(); path.parent.mkdir(); path.touch()"
+    )
+    said = run_in_new_process(damage + _LOAD, XDG_CACHE_HOME=str(tmp_path))
+    assert "WARNING the C++ operators cannot be loaded and are not used" in said
+    assert "False False True" in said
+
+
+def test_kernels_are_chosen_by_device_and_dtype() -> None:
+    require_native_kernels()
+    assert choose_kernels("auto", CPU, torch.float32) is NATIVE_KERNELS
+    assert choose_kernels("auto", CPU, torch.bfloat16) is NATIVE_KERNELS
+    assert choose_kernels("auto", CPU, torch.float16) is TORCH_KERNELS
+    assert choose_kernels("auto", torch.device("cuda"), torch.bfloat16) is TORCH_KERNELS
+    assert choose_kernels("torch", CPU, torch.float32) is TORCH_KERNELS
+    with pytest.raises(BaseRefused, match=r"torch\.float16 on cpu"):
+        choose_kernels("native", CPU, torch.float16)
+
+
+def test_what_is_not_built_can_be_demanded_but_not_had(tmp_path: Path) -> None:
+    code = """
+import torch
+from adapterd.errors import BaseRefused
+from adapterd.model.kernels import TORCH_KERNELS, choose_kernels
+cpu = torch.device("cpu")
+assert choose_kernels("auto", cpu, torch.float32) is TORCH_KERNELS
+try:
+    choose_kernels("native", cpu, torch.float32)
+except BaseRefused as error:
+    print(error)
+"""
+    assert "python -m adapterd.model.native" in run_in_new_process(code, XDG_CACHE_HOME=str(tmp_path))
+
+
+def test_loading_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    require_native_kernels()
+    with caplog.at_level(logging.INFO, logger="adapterd"):
+        assert native.load()
+    assert caplog.records == []
