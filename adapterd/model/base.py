@@ -19,6 +19,7 @@ from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.linear_cpu import use_fastest_linears
 from adapterd.model.lora import LoraStep, wrap_linears
+from adapterd.model.norm_cpu import use_native_norms
 from adapterd.model.probe import probe_family
 from adapterd.model.threads import use_all_cores
 
@@ -80,6 +81,8 @@ def load_base(
     chosen = choose_kernels(kernels, where, model.dtype)
     if on_cpu:
         use_fastest_linears(model, chosen.is_native)
+    if chosen.is_native:
+        use_native_norms(model)
     step = chosen.lora_step()
     head = model.get_output_embeddings()
     targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)

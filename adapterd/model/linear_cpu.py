@@ -18,9 +18,16 @@ logger = logging.getLogger(__name__)
 LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(x [..., d_in], weight [d_out, d_in], bias [d_out] or None) -> [..., d_out], all of one dtype."""
 
-TOKEN_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
-_SAMPLE_BYTES = 64 << 20
-"""Weights to measure on: more than a cache holds, or a small product would look faster than it ever is."""
+TOKEN_COUNTS = (1, 4, 8, 16, 32, 64, 128, 512)
+_SAMPLE_BYTES = {True: 64 << 20, False: 8 << 20}
+"""Weights to measure on, for few tokens and for many. Few: more than a cache holds, or a product would look faster
+than it ever is. Many: the weights' way from memory no longer counts.
+"""
+_FEW_TOKENS = 32
+_WORTH = 0.9
+"""A way other than the first must take at most this share of its time: below that the measurement is noise."""
+_FLOAT32_NATIVE_TOKENS = 32
+"""In float32 the C++ operator wins or ties up to some 32 to 100 tokens, by the weight's size; MKL wins after."""
 _FLOAT32_CHUNK = 1 << 20
 """Weights to turn to float32 at a time: 4 MiB, so that they are still in cache when they are multiplied."""
 
@@ -46,17 +53,17 @@ def native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 @dataclass(frozen=True)
 class LinearChoice:
-    """functions[i] is for up to token_counts[i] tokens; the last one also for more."""
+    """`steps`: (number of tokens, what to use up to there), rising; `beyond` is for more."""
 
-    token_counts: tuple[int, ...]
-    functions: tuple[LinearFunction, ...]
+    steps: tuple[tuple[int, LinearFunction], ...]
+    beyond: LinearFunction
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         num_tokens = x.numel() // x.shape[-1]
-        for count, function in zip(self.token_counts, self.functions, strict=True):
+        for count, function in self.steps:
             if num_tokens <= count:
                 return function(x, weight, bias)
-        return self.functions[-1](x, weight, bias)
+        return self.beyond(x, weight, bias)
 
 
 class CpuLinear(nn.Linear):
@@ -74,17 +81,21 @@ class CpuLinear(nn.Linear):
 
 
 def candidates(dtype: torch.dtype, with_native: bool) -> dict[str, LinearFunction]:
-    """The ways to multiply that exist for a dtype, by name."""
-    found: dict[str, LinearFunction] = {"torch": F.linear}
-    if dtype in (torch.bfloat16, torch.float16):
-        found["float32"] = float32_linear
+    """The ways to multiply that exist for a dtype, by name; the likeliest to win first."""
+    found: dict[str, LinearFunction] = {}
     if with_native and dtype in (torch.bfloat16, torch.float32):
         found["native"] = native_linear
+    if dtype in (torch.bfloat16, torch.float16):
+        found["float32"] = float32_linear
+    found["torch"] = F.linear
     return found
 
 
 def use_fastest_linears(model: nn.Module, with_native: bool) -> None:
-    """Measure on the model's own linears and replace them in place. Modules of other types are left alone."""
+    """Choose, and replace the model's linears in place. Modules of other types are left alone.
+
+    16 bit: by measurement on the model's own weights. float32: by a rule, so that two starts compute alike.
+    """
     linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
     if not linears:
         return
@@ -92,45 +103,56 @@ def use_fastest_linears(model: nn.Module, with_native: bool) -> None:
     ways = candidates(weights[0].dtype, with_native)
     if len(ways) == 1 or any(weight.dtype != weights[0].dtype for weight in weights):
         return
-    choice, names = _measure(_sample(weights), ways)
-    logger.info("linears by number of tokens: %s", ", ".join(f"{n} {c}" for c, n in names.items()))
+    if weights[0].dtype == torch.float32:
+        choice = LinearChoice(((_FLOAT32_NATIVE_TOKENS, native_linear),), F.linear)
+    else:
+        choice = _measure(weights, ways)
     for path, linear in linears.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, CpuLinear(linear, choice))
 
 
-def _sample(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _sample(weights: Sequence[torch.Tensor], num_bytes: int) -> list[torch.Tensor]:
     chosen: list[torch.Tensor] = []
     for weight in weights:
-        if chosen and sum(w.nbytes for w in chosen) + weight.nbytes > _SAMPLE_BYTES:
+        if chosen and sum(w.nbytes for w in chosen) + weight.nbytes > num_bytes:
             break
         chosen.append(weight)
     return chosen
 
 
 @torch.inference_mode()
-def _measure(
-    weights: Sequence[torch.Tensor], ways: Mapping[str, LinearFunction]
-) -> tuple[LinearChoice, dict[str, str]]:
-    """The fastest way at each token count: best of three, after one to warm up."""
-    functions: list[LinearFunction] = []
-    names: dict[str, str] = {}
+def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, LinearFunction]) -> LinearChoice:
+    """The fastest way at each token count."""
+    names: list[str] = []
     for count in TOKEN_COUNTS:
-        inputs = {w.shape[1]: torch.randn(count, w.shape[1]).to(w.dtype) for w in weights}
-        seconds = {name: _best_seconds(function, weights, inputs) for name, function in ways.items()}
-        fastest = min(seconds, key=lambda name: seconds[name])
-        functions.append(ways[fastest])
-        names[f"to {count}"] = fastest
-    return LinearChoice(TOKEN_COUNTS, tuple(functions)), names
+        sample = _sample(weights, _SAMPLE_BYTES[count <= _FEW_TOKENS])
+        inputs = {w.shape[1]: torch.randn(count, w.shape[1]).to(w.dtype) for w in sample}
+        fastest, bound = "", float("inf")
+        for name, function in ways.items():
+            seconds = _best_seconds(function, sample, inputs, give_up=2 * bound)
+            if seconds < _WORTH * bound:
+                fastest, bound = name, seconds
+        names.append(fastest)
+    said = ", ".join(f"to {count} {name}" for count, name in zip(TOKEN_COUNTS, names, strict=True))
+    logger.info("linears by number of tokens: %s", said)
+    steps = tuple((count, ways[name]) for count, name in zip(TOKEN_COUNTS, names, strict=True))
+    return LinearChoice(steps, steps[-1][1])
 
 
 def _best_seconds(
-    function: LinearFunction, weights: Sequence[torch.Tensor], inputs: Mapping[int, torch.Tensor]
+    function: LinearFunction,
+    weights: Sequence[torch.Tensor],
+    inputs: Mapping[int, torch.Tensor],
+    give_up: float,
 ) -> float:
+    """Best of three; of one, if that one is beyond `give_up`."""
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
         for weight in weights:
             function(inputs[weight.shape[1]], weight, None)
         best = min(best, time.perf_counter() - begin)
+        if best > give_up:
+            break
     return best

@@ -19,6 +19,7 @@ from adapterd.model.attention import ATTENTION_NAME, ShapeRecorder
 from adapterd.model.kernels import TORCH_KERNELS, Kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment, wrap_linears
+from adapterd.model.norm_cpu import use_native_norms
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def _seams(paged: Any, kernels: Kernels) -> tuple[KVPool, LoraStep, Products]:
     zero = torch.zeros(1, 1, dtype=torch.long)
     paged(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
     pool = KVPool(recorder.shapes, num_blocks=4, dtype=torch.float32, device=torch.device("cpu"))
+    if kernels.is_native:
+        use_native_norms(paged)
     step = kernels.lora_step()
     head = paged.get_output_embeddings()
     targets = wrap_linears(paged, step, lambda path: paged.get_submodule(path) is not head)

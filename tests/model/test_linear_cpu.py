@@ -120,7 +120,7 @@ def test_model_computes_the_same_with_the_same_parameters(
     assert isinstance(model.up, nn.Linear)
     assert list(model.state_dict()) == names
     assert model.head.weight is model.embed.weight is tied
-    assert "linears by number of tokens" in caplog.text
+    assert ("linears by number of tokens" in caplog.text) == (dtype != torch.float32)
     scale = expected.abs().max()
     for count in (1, 5, 300):
         difference = (model(ids[:count]) - expected[:count]).abs().max() / scale

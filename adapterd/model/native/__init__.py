@@ -111,7 +111,7 @@ def load() -> bool:
 
 
 def is_loaded() -> bool:
-    return hasattr(torch.ops.adapterd, "paged_attention")
+    return hasattr(torch.ops.adapterd, "rms_norm")
 
 
 def _flags() -> tuple[str, ...]:

@@ -15,6 +15,9 @@ namespace adapterd {
 // Below this many multiplications a product is done by one thread: waking another costs some microseconds.
 constexpr int64_t kGrain = 1 << 16;
 
+constexpr int64_t kFewTokens = 48;
+constexpr int64_t kManyRows = 64;
+
 inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
 
 // Rows of x in float32, split: what every tile reads. [tokens, split_stride(n)]
@@ -30,28 +33,31 @@ at::Tensor split_rows(const T* x, int64_t tokens, int64_t n) {
 
 template <typename T>
 void linear_rows(const T* w, const T* bias, const float* x, int64_t tokens, int64_t d_in, int64_t d_out, T* y) {
-  const int64_t groups = (d_out + kGroupRows - 1) / kGroupRows;
-  at::parallel_for(0, groups, grain(kGroupRows * d_in * tokens), [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(tokens * kGroupRows);
+  // Many tokens do not fit the second cache: more rows are kept there instead, so that x comes by less often.
+  const bool many = tokens > kFewTokens && d_out >= 4 * at::get_num_threads() * kManyRows;
+  const int64_t group_rows = many ? kManyRows : kGroupRows;
+  const int64_t groups = (d_out + group_rows - 1) / group_rows;
+  at::parallel_for(0, groups, grain(group_rows * d_in * tokens), [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(tokens * group_rows);
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t row = group * kGroupRows;
-      const int rows = static_cast<int>(std::min<int64_t>(kGroupRows, d_out - row));
+      const int64_t row = group * group_rows;
+      const int rows = static_cast<int>(std::min(group_rows, d_out - row));
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (int64_t k = 0; k < d_in; k += kChunk) {
         const T* here = w + row * d_in + k;
         const T* next = nullptr;
         if (k + kChunk < d_in) {
           next = here + kChunk;
-        } else if (group + 1 < end && row + 2 * kGroupRows <= d_out) {
-          next = w + (row + kGroupRows) * d_in;
+        } else if (group + 1 < end && row + 2 * group_rows <= d_out) {
+          next = w + (row + group_rows) * d_in;
         }
-        dot_group(rows, here, d_in, x + k, split_stride(d_in), tokens, std::min(kChunk, d_in - k), sums.data(), kGroupRows,
-                  next);
+        dot_group(rows, here, d_in, x + k, split_stride(d_in), tokens, std::min(kChunk, d_in - k), sums.data(),
+                  group_rows, next);
       }
       for (int64_t t = 0; t < tokens; ++t) {
         for (int j = 0; j < rows; ++j) {
           const float offset = bias ? static_cast<float>(bias[row + j]) : 0.0f;
-          y[t * d_out + row + j] = static_cast<T>(sums[t * kGroupRows + j] + offset);
+          y[t * d_out + row + j] = static_cast<T>(sums[t * group_rows + j] + offset);
         }
       }
     }

@@ -1,9 +1,10 @@
-// The operators of torch.ops.adapterd. Python's side of each, and what it must equal: linear_cpu.py, lora_cpu.py and
-// attention_cpu.py in the folder above.
+// The operators of torch.ops.adapterd. Python's side of each, and what it must equal: linear_cpu.py, lora_cpu.py,
+// attention_cpu.py and norm_cpu.py in the folder above.
 
 #include "attention.h"
 #include "linear.h"
 #include "lora.h"
+#include "norm.h"
 
 #include <torch/library.h>
 
@@ -14,4 +15,5 @@ TORCH_LIBRARY(adapterd, m) {
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor sequences, float scale, "
       "int window, float softcap, Tensor? sinks) -> Tensor",
       adapterd::paged_attention);
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor", adapterd::rms_norm);
 }

@@ -108,12 +108,12 @@ inline void dot_tokens(int tokens, const T* w, int64_t ldw, const float* x, int6
   }
 }
 
-// out[i * ldo + j] += the product over columns [0, n), for j < rows <= kGroupRows and any number of tokens. `next` is
+// out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens. `next` is
 // what will be multiplied after this, as many rows with the same stride: while the processor is busy with what is
 // here, each tile asks memory for its share of them, else memory would stand idle for all passes but the first.
 //
 //            x: 6 tokens, stay in the first cache
-//   w  rows 0..3     tile -> tile       the second six tokens meet the same 16 rows in the second cache
+//   w  rows 0..3     tile -> tile       the second six tokens meet the same rows in the second cache
 //      rows 4..7     tile -> tile
 //      ...
 template <typename T>
