@@ -177,10 +177,16 @@ def _profile(bench: Bench, concurrency: int, num_adapters: int, prompt: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    result: dict[str, Any] = {"bench": "engine", "machine": machine()}
     concurrencies = [int(count) for count in arguments.concurrency.split(",")]
     adapter_counts = [int(count) for count in arguments.adapters.split(",")]
     began = time.perf_counter()
-    base = load_base(str(arguments.models / "base"), dtype=arguments.dtype, device=arguments.device)
+    base = load_base(
+        str(arguments.models / "base"),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        kernels=arguments.kernels,
+    )
     load_seconds = time.perf_counter() - began
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -191,18 +197,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         kv_memory=arguments.kv_memory,
     )
     bench = Bench(base, arguments.models, sizes)
-    result: dict[str, Any] = {
-        "bench": "engine",
-        "machine": machine(),
+    result |= {
         "architecture": base.spec.architecture,
         "dtype": base.spec.dtype,
+        "lora_step": type(base.lora_step).__name__,
         "num_threads": torch.get_num_threads(),
         "load_seconds": load_seconds,
         "prompt_tokens": arguments.prompt_tokens,
         "output_tokens": arguments.output_tokens,
         "runs": [],
     }
-    print(f"base loaded in {load_seconds:.1f} s; {torch.get_num_threads()} threads")
+    print(
+        f"base loaded in {load_seconds:.1f} s; {torch.get_num_threads()} threads; {type(base.lora_step).__name__}"
+    )
     for concurrency in concurrencies:
         for count in adapter_counts:
             if count > concurrency:
@@ -253,6 +260,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="the median by tokens a second is kept")
     add("--dtype", choices=dtypes, default="bfloat16")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add(
+        "--kernels",
+        choices=("auto", "torch", "native"),
+        default="auto",
+        help="auto: the C++ operators where they are built",
+    )
     add("--threads", type=int, help="torch's (default: the program's choice)")
     add("--max-num-batched-tokens", type=int, default=2048)
     add("--kv-memory", type=int, default=1 << 30, metavar="BYTES")

@@ -208,6 +208,7 @@ def _time_layers(work: Callable[[int], None], device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    result: dict[str, Any] = {"bench": "kernels", "machine": machine()}
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     if device.type == "cpu":
         use_all_cores()
@@ -234,9 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"  floor {1000 * timing.floor_seconds:9.3f}  {timing.workload}",
             flush=True,
         )
-    result = {
-        "bench": "kernels",
-        "machine": machine(),
+    result |= {
         "shape": arguments.shape,
         "dtype": arguments.dtype,
         "native": kernels.is_native,

@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ Figures = dict[str, Any]
 
 OBJECTIVES = ("ttft", "tpot", "itl", "e2e")
 """What an objective may bound, in seconds; `itl` is the p99 of the request's own gaps between tokens."""
+
+
+_BUSY_CPUS_ALLOWED = 0.15
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -171,7 +175,7 @@ def describe(figures: Figures) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on and when: no path and no host name."""
+    """What the figures are taken on and when, asked before the work: no path and no host name."""
     packages: dict[str, str | None] = {}
     for package in ("torch", "transformers", "peft"):
         try:
@@ -184,11 +188,22 @@ def machine() -> dict[str, Any]:
         "cpu_flags": _cpu_flags(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
-        "load_average": os.getloadavg()[0],
+        "busy_cpus": busy_cpus(),
         "python": platform.python_version(),
         "packages": packages,
         "commit": _commit(),
     }
+
+
+def busy_cpus() -> float:
+    """Processors that others keep busy, over half a second of sleep. Warns on stderr if figures will suffer."""
+    busy: float = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+    if busy > _BUSY_CPUS_ALLOWED:
+        print(
+            f"WARNING: others keep {busy:.1f} processors busy; figures will be worse than ours",
+            file=sys.stderr,
+        )
+    return busy
 
 
 def _cpuinfo(field: str) -> str:

@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=int, default=3, help="the median is kept")
     add("--out", type=Path, help="write the result here too")
     arguments = parser.parse_args(argv)
+    result: dict[str, Any] = {"bench": "peft_batch", "machine": machine()}
     runs = []
     for count in (int(part) for part in arguments.adapters.split(",")):
         model = load(arguments.models, count, arguments.attention)
@@ -96,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(f"batch {batch:2}, {count:2} adapters: {rate:7.2f} output tokens/s", flush=True)
         del model
-    result = {
-        "bench": "peft_batch",
-        "machine": machine(),
+    result |= {
         "attention": arguments.attention,
         "num_threads": torch.get_num_threads(),
         "prompt_tokens": arguments.prompt_tokens,
