@@ -92,7 +92,7 @@ def trigrams(text: str) -> frozenset[str]:
 @cache
 def corpus_chats() -> list[Messages]:
     rng = random.Random("held-out check")
-    return [conversation(rng) for _ in range(6000)]
+    return [conversation(rng) for _ in range(12000)]
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -113,7 +113,7 @@ def test_rows_are_chat_rows(task: Task, split: str) -> None:
 
 
 def test_row_counts(task: Task) -> None:
-    assert 600 <= len(read_rows(task.name, "train")) <= 800
+    assert 600 <= len(read_rows(task.name, "train")) <= 2000
     assert len(read_rows(task.name, "heldout")) == 150
 
 

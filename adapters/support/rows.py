@@ -61,7 +61,7 @@ class Counts:
     two_turn: int
 
 
-COUNTS: Mapping[Split, Counts] = {"train": Counts(515, 156, 36), "heldout": Counts(78, 24, 8)}
+COUNTS: Mapping[Split, Counts] = {"train": Counts(1185, 365, 70), "heldout": Counts(78, 24, 8)}
 
 _TRIAGE_LEADS: Mapping[Split, tuple[str, ...]] = {
     "train": (
@@ -213,6 +213,10 @@ def draw_ticket(rng: random.Random, sections: Sections, kind_name: str, frame: s
     # Praise is happy by its own words, and most neutral tickets have no clause about the mood at all.
     if rng.random() < (0.4 if kind.reason == PRAISE or sentiment == "Neutral" else 1.0):
         clauses.insert(rng.randrange(len(clauses) + 1), fill(rng, sections.draw(rng, sentiment), slots))
+    # Only the training frames have asides; the others must not draw a number for one.
+    if "Aside" in sections.frames and rng.random() < 0.15:
+        aside = _sentence(rng, sections.draw(rng, "Aside"), slots)
+        clauses.insert(rng.randrange(len(clauses) + 1), aside)
     text = _typed(rng, " ".join(clauses))
     return Ticket(text, triage_answer(kind.category, priority, sentiment), reply_answer(kind, slots))
 
