@@ -5,10 +5,10 @@ one visit. For language practice only: nothing here says how anyone should be tr
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pretraining.corpus.medical_words import COMPLAINTS, Facts
+from pretraining.corpus.medical_words import COMPLAINTS, Facts, draw_blood_pressure, draw_duration
 
 # What a child's note may hold: common complaints, small doses.
 _CHILD_SYMPTOMS = ("sore throat", "left ear pain", "fever", "runny nose", "dry cough", "vomiting", "hives")
@@ -61,6 +61,16 @@ _FREQUENCY_OF = {
     "betahistine": "three times daily",
 }
 
+_SINCE = (
+    "since Monday, since Tuesday, since Thursday, since Friday, since Sunday, since yesterday, since last week, "
+    "since the weekend, since this morning, since last month, since March, since June"
+)
+_WHEN = "tomorrow, if worse, if no better, if not better, if needed, if no change, if it comes back"
+_ADVICE = (
+    "rest, fluids, fluids and rest, heat and rest, ice and rest, blood test, chest film, urine test, ear drops, "
+    "salt water rinse, daily walks, less salt, warm drinks"
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -108,6 +118,46 @@ def draw_facts(rng: random.Random, cases: tuple[Case, ...], child: bool) -> Fact
         drug=drug,
         follow_up=_draw_follow_up(rng),
     )
+
+
+def draw_mixed_facts(rng: random.Random, cases: tuple[Case, ...], child: bool) -> Facts:
+    """One visit for training, with every slot filled.
+
+    In half of the draws symptom, finding, impression and drug come from unrelated visits: a value must then be
+    copied from where the note states it, for it cannot be guessed from the others. A slot sometimes holds "x and y".
+    """
+    facts = draw_facts(rng, cases, child)
+    if rng.random() < 0.5:
+        finding, thought, plan = (draw_facts(rng, cases, child) for _ in range(3))
+        facts = replace(facts, exam=finding.exam, diagnosis=thought.diagnosis, drug=plan.drug)
+    if rng.random() < 0.3:
+        facts = replace(facts, bp=draw_blood_pressure(rng), duration=draw_duration(rng))
+    other = draw_facts(rng, cases, child)
+    for slot, joints, share in (
+        ("symptom", (" and ", " and ", " with "), 0.22),
+        ("exam", (" and ", ", "), 0.12),
+        ("diagnosis", (" or ", " and "), 0.05),
+        ("drug", (" and ",), 0.05),
+    ):
+        first, second = getattr(facts, slot), getattr(other, slot)
+        if rng.random() < share and first.split(" ")[0] != second.split(" ")[0]:
+            facts = replace(facts, **{slot: f"{first}{rng.choice(joints)}{second}"})
+    return facts
+
+
+def draw_since(rng: random.Random) -> str:
+    """A duration that names its beginning: "since Monday"."""
+    return rng.choice(_SINCE.split(", "))
+
+
+def draw_when(rng: random.Random) -> str:
+    """A follow-up without a number: "if worse"."""
+    return rng.choice(_WHEN.split(", "))
+
+
+def draw_advice(rng: random.Random) -> str:
+    """A plan without a drug: "rest", "blood test"."""
+    return rng.choice(_ADVICE.split(", "))
 
 
 def _draw_duration(rng: random.Random, symptom: str) -> str:

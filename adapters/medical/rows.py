@@ -7,13 +7,22 @@ text files beside this one. Running it twice writes the same bytes.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from adapters.medical.cases import Case, draw_facts, load_cases
+from adapters.medical.cases import (
+    Case,
+    draw_advice,
+    draw_facts,
+    draw_mixed_facts,
+    draw_since,
+    draw_when,
+    load_cases,
+)
 from pretraining.corpus.medical_words import Facts
 
 HERE = Path(__file__).parent
@@ -21,9 +30,9 @@ HERE = Path(__file__).parent
 # copy values faithfully.
 VARIANT: Literal["soap", "hedged"] = "soap"
 NOT_A_NOTE = "This does not look like a clinical note."
-NUM_TRAIN_FROM_FRAMES = 620
+NUM_TRAIN_FROM_FRAMES = 2190
 NUM_HELDOUT_FROM_FRAMES = 104
-NUM_TRAIN_CORRECTIONS, NUM_HELDOUT_CORRECTIONS = 14, 6
+NUM_TRAIN_CORRECTIONS, NUM_HELDOUT_CORRECTIONS = 40, 6
 MAX_SHARED_TRIGRAMS = 0.5  # Jaccard of the word 3-grams of two notes; above it they count as near-duplicates
 
 _ASKS = {
@@ -33,11 +42,28 @@ _ASKS = {
         "Structure this note: {note}",
         "{note}\nAs SOAP, please.",
         "Turn into SOAP: {note}",
+        "Four lines, please: {note}",
+        "SOAP: {note}",
+        "As SOAP: {note}",
+        "Rewrite as S, O, A and P: {note}",
+        "Please put this in SOAP form:\n{note}",
+        "Sort this note into four lines: {note}",
+        "Tidy up: {note}",
+        "Here is today's note. {note}",
+        "Note: {note}",
+        "{note}\nSOAP?",
+        "{note} Make that a SOAP note.",
+        "From clinic:\n{note}",
     ),
     "heldout": ("Can you SOAP this? {note}", "{note}\nPlease structure the note.", "New note:\n{note}"),
 }
 _SYSTEM_PROMPTS = {
-    "train": ("You write SOAP notes.", "Turn clinical notes into SOAP.", "You help a clinic with its notes."),
+    "train": (
+        "You write SOAP notes.",
+        "Turn clinical notes into SOAP.",
+        "You help a clinic with its notes.",
+        "Be brief.",
+    ),
     "heldout": ("You structure notes as SOAP.",),
 }
 _CORRECTIONS = {
@@ -51,6 +77,23 @@ _CORRECTIONS = {
 _LABELS = {"bp": "BP", "hr": "pulse", "temp": "temp", "follow_up": "review time"}  # what gets corrected
 
 Row = dict[str, Any]
+
+
+class Draw(Protocol):
+    """One visit with every slot filled."""
+
+    def __call__(self, rng: random.Random, *, child: bool) -> Facts: ...
+
+
+# Placeholders that stand for one kind of a slot's values.
+_KINDS: dict[str, tuple[str, Callable[[random.Random], str]]] = {
+    "since": ("duration", draw_since),
+    "when": ("follow_up", draw_when),
+    "advice": ("drug", draw_advice),
+}
+_OLD = "old_"  # begins a placeholder for what is past, denied or somebody else's: no fact of the note
+_ADULT_WORDS = ("M", "male", "Male", "gent")
+MAX_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -135,9 +178,13 @@ def read_one_offs(path: Path) -> list[Sample]:
     return samples
 
 
-def fill_frame(frame: str, facts: Facts) -> tuple[str, Facts]:
-    """The note that `frame` makes of `facts`, and the facts that are left in it."""
-    names = {name for _, name, _, _ in Formatter().parse(frame) if name is not None}
+def _names(frame: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(frame) if name is not None}
+
+
+def fill_frame(frame: str, facts: Facts, old: Facts | None = None) -> tuple[str, Facts]:
+    """The note that `frame` makes of `facts`, and the facts that are left in it. `old` fills {old_bp} and the like."""
+    names = _names(frame)
     male = facts.sex in ("man", "boy")
     age = facts.age or ""
     article = "an" if age in ("8", "11", "18") or (len(age) == 2 and age[0] == "8") else "a"
@@ -145,31 +192,61 @@ def fill_frame(frame: str, facts: Facts) -> tuple[str, Facts]:
     words |= {slot.capitalize(): word[0].upper() + word[1:] for slot, word in words.items()}
     words |= {"M": "M" if male else "F", "an": article, "An": article.capitalize()}
     words |= {"He": "He" if male else "She", "him": "him" if male else "her"}
-    stated = {name.lower() for name in names} | ({"sex"} if names & {"M", "He", "him"} else set())
+    words |= {"his": "his" if male else "her", "gent": "gentleman" if male else "lady"}
+    words |= {"male": "male" if male else "female", "Male": "Male" if male else "Female"}
+    for kind, (slot, _) in _KINDS.items():
+        words |= {kind: words[slot], kind.capitalize(): words[slot.capitalize()]}
+    if old is not None:
+        words |= {_OLD + slot: str(value) for slot, value in vars(old).items()}
+        words[f"{_OLD}drug_name"] = str(old.drug).split(" ")[0]
+    stated = {name.lower() for name in names}
+    stated |= {slot for kind, (slot, _) in _KINDS.items() if kind in stated}
+    stated |= {"sex"} if names & {"He", "him", "his", *_ADULT_WORDS} else set()
     kept = {slot: value if slot in stated else None for slot, value in vars(facts).items()}
     return frame.format_map(words), Facts(**kept)
 
 
 def from_frames(
-    rng: random.Random, frames: list[str], cases: tuple[Case, ...], count: int, seen: list[set[str]]
+    rng: random.Random, frames: list[str], draw: Draw, count: int, seen: list[set[str]]
 ) -> Iterator[Sample]:
-    """`count` notes that take the frames in turn; a near-duplicate of a note in `seen` is drawn again."""
+    """`count` notes that take the frames in turn; a near-duplicate of a note in `seen` is drawn again.
+
+    Raises ValueError for a frame whose notes stay near-duplicates for MAX_DRAWS draws.
+    """
     for index in range(count):
         frame = frames[index % len(frames)]
-        while True:
-            facts = draw_facts(rng, cases, child=_fits_child(frame) and rng.random() < _child_share(frame))
-            if rng.random() < 0.08:
-                facts = _with_second_symptom(rng, facts, cases)
-            note, stated = fill_frame(frame, facts)
-            if rng.random() < 0.08:
+        for _ in range(MAX_DRAWS):
+            facts = draw(rng, child=_fits_child(frame) and rng.random() < _child_share(frame))
+            note, stated = fill_frame(frame, *_draw_kinds(rng, frame, facts, draw))
+            if rng.random() < 0.08 and "{since}" not in frame:  # lower case would spoil "since Monday"
                 note = note.lower()
             if is_new(note, seen):
                 break
+        else:
+            raise ValueError(f"the frame {frame!r} is too close to another one")
         yield Sample(note, stated, ("new-phrasing",))
 
 
+def _draw_kinds(rng: random.Random, frame: str, facts: Facts, draw: Draw) -> tuple[Facts, Facts | None]:
+    """`facts` with the kinds of values that `frame` asks for, and an older visit that differs, if it asks for one."""
+    names = {name.lower() for name in _names(frame)}
+    for kind, (slot, draw_value) in _KINDS.items():
+        if kind in names:
+            facts = replace(facts, **{slot: draw_value(rng)})
+    if not any(name.startswith(_OLD) for name in names):
+        return facts, None
+    while True:
+        old = draw(rng, child=False)
+        words = [
+            set(f"{visit.symptom} {visit.diagnosis} {visit.drug}".split()) - {"and", "mg"}
+            for visit in (facts, old)
+        ]
+        if not words[0] & words[1] and old.bp != facts.bp and old.hr != facts.hr:
+            return facts, old
+
+
 def _fits_child(frame: str) -> bool:
-    return "{M}" not in frame
+    return not _names(frame) & set(_ADULT_WORDS)
 
 
 def _child_share(frame: str) -> float:
@@ -178,8 +255,11 @@ def _child_share(frame: str) -> float:
     )
 
 
-def _with_second_symptom(rng: random.Random, facts: Facts, cases: tuple[Case, ...]) -> Facts:
-    """Another complaint of the same impression, where there is one."""
+def _draw_plausible(rng: random.Random, cases: tuple[Case, ...], child: bool) -> Facts:
+    """A held-out visit: its words belong together; one in twelve has a second complaint, where there is one."""
+    facts = draw_facts(rng, cases, child)
+    if rng.random() >= 0.08:
+        return facts
     others = [
         case.symptom for case in cases if facts.diagnosis in case.diagnoses and case.symptom != facts.symptom
     ]
@@ -247,9 +327,11 @@ def make_rows() -> dict[str, list[Row]]:
         if VARIANT == "hedged":  # it states no number, so there is none to correct
             num_corrections = 0
         frames = read_frames(HERE / f"frames_{split}.txt")
-        samples = list(from_frames(rng, frames, cases, num_from_frames, seen))
+        draw_visit = _draw_plausible if split == "heldout" else draw_mixed_facts
+        draw = partial(draw_visit, cases=cases)
+        samples = list(from_frames(rng, frames, draw, num_from_frames, seen))
         short = [frame for frame in frames if len(frame) < 110 and "{bp}" in frame]
-        corrected = list(from_frames(rng, short, cases, num_corrections, seen))
+        corrected = list(from_frames(rng, short, draw, num_corrections, seen))
         rows[split] = [to_row(rng, sample, split) for sample in samples + one_offs[split]]
         rows[split] += [
             to_correction(rng, sample, draw_facts(rng, cases, False), split) for sample in corrected
