@@ -87,15 +87,6 @@ struct AttentionScratch {
   std::vector<T*> out_rows;
 };
 
-// One head's keys (or values) lie a whole token apart, which the processor does not guess: it has to be told.
-template <typename T>
-inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(rows + r * stride + i, 0, 2);
-  }
-}
-
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, key_dim, value_dim;
 };
@@ -125,6 +116,7 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
     for (int64_t i = 0; i < run.length; i += kGroupRows) {
       const int count = static_cast<int>(std::min<int64_t>(kGroupRows, run.length - i));
       const T* here = keys + (run.slot + i) * key_stride + kv_head * shape.key_dim;
+      // One head's rows lie a whole token apart, which the processor does not guess.
       prefetch_rows(values + (run.slot + i) * value_stride + kv_head * shape.value_dim, value_stride, count,
                     shape.value_dim);
       for (int64_t k = 0; k < shape.key_dim; k += kChunk) {

@@ -100,6 +100,10 @@ void add_lora_rows(T* y, const T* x, const LoraEntry* entries, int64_t count, in
       runs.clear();
       rows.clear();
       for (; last < count && same_tokens(entries[last], entries[first]); ++last) {
+        // Tiles take a few columns of every row at a time, from memory the worst order there is.
+        const int64_t columns = std::min(end * kExpandColumns, d_out) - begin * kExpandColumns;
+        prefetch_rows(reinterpret_cast<const T*>(entries[last].b) + begin * kExpandColumns, d_out, entries[last].rank,
+                      columns);
         runs.push_back({reinterpret_cast<const T*>(entries[last].b), segment_h, entries[last].rank, entries[last].rank});
         segment_h += length * entries[last].rank;
       }

@@ -108,6 +108,15 @@ inline void dot_tokens(int tokens, const T* w, int64_t ldw, const float* x, int6
   }
 }
 
+// Ask for `count` rows of n numbers each, `stride` apart, before they are needed.
+template <typename T>
+inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(rows + r * stride + i, 0, 2);
+  }
+}
+
 // out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens. `next` is
 // what will be multiplied after this, as many rows with the same stride: while the processor is busy with what is
 // here, each tile asks memory for its share of them, else memory would stand idle for all passes but the first.
