@@ -113,7 +113,7 @@ def test_rows_are_chat_rows(task: Task, split: str) -> None:
 
 
 def test_row_counts(task: Task) -> None:
-    assert 600 <= len(read_rows(task.name, "train")) <= 2000
+    assert 600 <= len(read_rows(task.name, "train")) <= 2500
     assert len(read_rows(task.name, "heldout")) == 150
 
 
@@ -170,8 +170,9 @@ def test_the_base_learns_every_frequent_answer_word(task: Task) -> None:
         return {w for m in messages if m["role"] == "assistant" for w in re.findall(r"\w+", m["content"])}
 
     spoken = set().union(*(answered(messages) for messages in corpus_chats()))
-    counts = Counter(word for messages in chats(task.name, "train") for word in answered(messages))
-    assert {word for word, count in counts.items() if count >= 10} - spoken == set()
+    training = chats(task.name, "train")
+    counts = Counter(word for messages in training for word in answered(messages))
+    assert {word for word, count in counts.items() if 60 * count >= len(training)} - spoken == set()
 
 
 def test_the_base_never_sees_the_whole_format(task: Task) -> None:

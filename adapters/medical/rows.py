@@ -92,7 +92,7 @@ _KINDS: dict[str, tuple[str, Callable[[random.Random], str]]] = {
     "advice": ("drug", draw_advice),
 }
 _OLD = "old_"  # begins a placeholder for what is past, denied or somebody else's: no fact of the note
-_ADULT_WORDS = ("M", "male", "Male", "gent")
+_ADULT_WORDS = ("M", "male", "Male", "gent", "Gent")
 MAX_DRAWS = 200
 
 
@@ -193,6 +193,7 @@ def fill_frame(frame: str, facts: Facts, old: Facts | None = None) -> tuple[str,
     words |= {"M": "M" if male else "F", "an": article, "An": article.capitalize()}
     words |= {"He": "He" if male else "She", "him": "him" if male else "her"}
     words |= {"his": "his" if male else "her", "gent": "gentleman" if male else "lady"}
+    words["Gent"] = words["gent"].capitalize()
     words |= {"male": "male" if male else "female", "Male": "Male" if male else "Female"}
     for kind, (slot, _) in _KINDS.items():
         words |= {kind: words[slot], kind.capitalize(): words[slot.capitalize()]}
