@@ -18,7 +18,7 @@ from pretraining.corpus.moderation_words import fill, parse, sentence_case
 
 HERE = Path(__file__).parent
 QUOTA: dict[str, dict[Label, int]] = {
-    "train": {"allow": 540, "spam": 290, "harassment": 290, "threat": 290, "privacy": 290},
+    "train": {"allow": 540, "spam": 300, "harassment": 300, "threat": 300, "privacy": 300},
     "heldout": {"allow": 50, "spam": 25, "harassment": 25, "threat": 25, "privacy": 25},
 }
 EARLIER = {"train": 40, "heldout": 5}  # posts that are only the earlier turn of a two-turn row
