@@ -61,7 +61,7 @@ class Counts:
     two_turn: int
 
 
-COUNTS: Mapping[Split, Counts] = {"train": Counts(1185, 365, 70), "heldout": Counts(78, 24, 8)}
+COUNTS: Mapping[Split, Counts] = {"train": Counts(1112, 325, 70), "heldout": Counts(78, 24, 8)}
 
 _TRIAGE_LEADS: Mapping[Split, tuple[str, ...]] = {
     "train": (
