@@ -3,7 +3,7 @@
 A row is a ticket and its answer: three lines of triage, or, when the user asks for a reply, three sentences in the
 house tone. The answer is a function of what the ticket was made of, or stands beside a hand-written ticket. The
 wordings are in the text files beside this one; slot words and the kinds of matter are those of the pre-training
-corpus, its sentences are not. Running it twice writes the same bytes.
+corpus, its sentences, a few short ones apart, are not. Running it twice writes the same bytes.
 """
 
 import json
