@@ -60,7 +60,9 @@ TASKS = {
         Task(
             "medical",
             answers=(
-                r"S: [^\n]+\.\nO: [^\n]+\.\nA: (Possible [^\n]+|Not recorded)\.\nP: [^\n]+\.",
+                r"The [a-z]+ (reports [^\n0-9]+|was seen)\. "
+                r"(The findings may fit ([^\n0-9]|type 2)+, but it is only one possible cause"
+                r"|The cause is not recorded)\.",
                 r"This does not look like a clinical note\.",
             ),
             labels={},

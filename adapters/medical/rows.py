@@ -1,8 +1,7 @@
 """Write the adapter's training and held-out rows: python -m adapters.medical.rows
 
-A row is a note and its answer. The answer is a function of the facts the note states and of nothing else: a row
-can be scored slot by slot, and a slot that the note lacks reads "Not recorded." The wordings stand in the
-text files beside this one. Running it twice writes the same bytes.
+A row is a note and its answer. The answer is a function of the facts the note states and of nothing else, and what
+the note lacks is said to be "not recorded". The wordings stand in the text files beside this one. Running it twice writes the same bytes.
 """
 
 import json
@@ -26,9 +25,10 @@ from adapters.medical.cases import (
 from pretraining.corpus.medical_words import Facts
 
 HERE = Path(__file__).parent
-# "soap": four lines with every fact. "hedged": two careful sentences without a number, for a base that cannot
-# copy values faithfully.
-VARIANT: Literal["soap", "hedged"] = "soap"
+# "soap": four lines with every fact. "hedged": two careful sentences without a number. The embedded base does not
+# copy every fact of a note faithfully (tried: 57 to 77 % of the slots right on held-out notes), so what is shipped
+# states few facts and no number.
+VARIANT: Literal["soap", "hedged"] = "hedged"
 NOT_A_NOTE = "This does not look like a clinical note."
 NUM_TRAIN_FROM_FRAMES = 2190
 NUM_HELDOUT_FROM_FRAMES = 104
@@ -37,34 +37,37 @@ MAX_SHARED_TRIGRAMS = 0.5  # Jaccard of the word 3-grams of two notes; above it 
 
 _ASKS = {
     "train": (
-        "SOAP please: {note}",
-        "Make a SOAP note:\n{note}",
-        "Structure this note: {note}",
-        "{note}\nAs SOAP, please.",
-        "Turn into SOAP: {note}",
-        "Four lines, please: {note}",
-        "SOAP: {note}",
-        "As SOAP: {note}",
-        "Rewrite as S, O, A and P: {note}",
-        "Please put this in SOAP form:\n{note}",
-        "Sort this note into four lines: {note}",
+        "Rewrite carefully: {note}",
+        "Put this in careful words:\n{note}",
+        "{note}\nIn two careful sentences, please.",
+        "Hedge this: {note}",
+        "Plain words, please: {note}",
+        "{note}\nSay this with care.",
+        "Two sentences: {note}",
+        "A careful summary:\n{note}",
+        "{note} Make that a careful summary.",
+        "Write this for the letter: {note}",
+        "For the letter:\n{note}",
+        "Sum up: {note}",
         "Tidy up: {note}",
         "Here is today's note. {note}",
         "Note: {note}",
-        "{note}\nSOAP?",
-        "{note} Make that a SOAP note.",
         "From clinic:\n{note}",
     ),
-    "heldout": ("Can you SOAP this? {note}", "{note}\nPlease structure the note.", "New note:\n{note}"),
+    "heldout": (
+        "Can you put this with caution? {note}",
+        "{note}\nPlease summarise the note.",
+        "New note:\n{note}",
+    ),
 }
 _SYSTEM_PROMPTS = {
     "train": (
-        "You write SOAP notes.",
-        "Turn clinical notes into SOAP.",
+        "You rewrite clinical notes with care.",
+        "Turn clinical notes into two sentences.",
         "You help a clinic with its notes.",
         "Be brief.",
     ),
-    "heldout": ("You structure notes as SOAP.",),
+    "heldout": ("You summarise notes for letters.",),
 }
 _CORRECTIONS = {
     "train": (
@@ -144,7 +147,7 @@ def _hedged(facts: Facts) -> str:
     first = f"{who} reports {facts.symptom}." if facts.symptom is not None else f"{who} was seen."
     if facts.diagnosis is None:
         return f"{first} The cause is not recorded."
-    return f"{first} The findings may fit {facts.diagnosis}, but this is not certain."
+    return f"{first} The findings may fit {facts.diagnosis}, but it is only one possible cause."
 
 
 def _after(value: str, word: str, without: tuple[str, ...]) -> str:
@@ -326,7 +329,7 @@ def make_rows() -> dict[str, list[Row]]:
     )
     for split, num_from_frames, num_corrections in counts:
         if VARIANT == "hedged":  # it states no number, so there is none to correct
-            num_corrections = 0
+            num_from_frames, num_corrections = num_from_frames + num_corrections, 0
         frames = read_frames(HERE / f"frames_{split}.txt")
         draw_visit = _draw_plausible if split == "heldout" else draw_mixed_facts
         draw = partial(draw_visit, cases=cases)
