@@ -1,7 +1,8 @@
 """Write the adapter's training and held-out rows: python -m adapters.medical.rows
 
-A row is a note and its answer. The answer is a function of the facts the note states and of nothing else, and what
-the note lacks is said to be "not recorded". The wordings stand in the text files beside this one. Running it twice writes the same bytes.
+A row is a note and its answer. The answer is a function of the facts the note states and of nothing else; what the
+note lacks is said to be "not recorded". The wordings stand in the text files beside this one.
+Running it twice writes the same bytes.
 """
 
 import json
