@@ -140,13 +140,14 @@ def _wait_until_ready(
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_SECONDS)
-            return
-    raise RuntimeError(f"process {process.pid} outlived SIGKILL")
+    """End the server as an operator would; then whatever of its process group is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_STOP_SECONDS)
 
 
 def _tail(log: IO[bytes], num_bytes: int = 4000) -> str:
