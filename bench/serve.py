@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import dataclasses
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -240,4 +241,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it still ends the server that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
