@@ -82,7 +82,7 @@ template <typename T>
 struct AttentionScratch {
   std::vector<SlotRun> slot_runs;
   std::vector<Run<T>> value_runs;
-  std::vector<float> query;
+  std::vector<Prepared<T>> query;
   std::vector<float> scores;
   std::vector<T*> out_rows;
 };
@@ -100,14 +100,14 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
   const int64_t end = unit.position + unit.num_tokens;
   const int64_t begin = params.window ? std::max<int64_t>(0, unit.position - params.window + 1) : 0;
   const int64_t context = end - begin;
-  const int64_t width = split_stride(shape.key_dim);
+  const int64_t width = prepared_stride(shape.key_dim);
   slot_runs(unit.slots, begin, end, scratch.slot_runs);
   scratch.query.resize(rows * width);
   scratch.scores.assign(rows * context, 0.0f);
   const auto head_of = [&](int64_t r) { return kv_head * group + r % group; };
   const auto row_of = [&](int64_t r) { return (unit.row + r / group) * shape.num_heads + head_of(r); };
   for (int64_t r = 0; r < rows; ++r) {
-    split_row(query + row_of(r) * shape.key_dim, shape.key_dim, scratch.query.data() + r * width);
+    prepare_row(query + row_of(r) * shape.key_dim, shape.key_dim, scratch.query.data() + r * width);
   }
 
   const int64_t key_stride = shape.num_kv_heads * shape.key_dim;
@@ -119,9 +119,9 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
       // One head's rows lie a whole token apart, which the processor does not guess.
       prefetch_rows(values + (run.slot + i) * value_stride + kv_head * shape.value_dim, value_stride, count,
                     shape.value_dim);
-      for (int64_t k = 0; k < shape.key_dim; k += kChunk) {
+      for (int64_t k = 0; k < shape.key_dim; k += kChunk<T>) {
         dot_group<T>(count, here + k, key_stride, scratch.query.data() + k, width, rows,
-                     std::min(kChunk, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
+                     std::min(kChunk<T>, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
                      here + kGroupRows * key_stride + k);
       }
     }

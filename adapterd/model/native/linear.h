@@ -20,19 +20,31 @@ constexpr int64_t kManyRows = 64;
 
 inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
 
-// Rows of x in float32, split: what every tile reads. [tokens, split_stride(n)]
+// Rows of x as every tile reads them.
 template <typename T>
-at::Tensor split_rows(const T* x, int64_t tokens, int64_t n) {
-  at::Tensor split = at::empty({tokens, split_stride(n)}, at::kFloat);
-  float* out = split.mutable_data_ptr<float>();
+struct PreparedRows {
+  at::Tensor storage;
+  const Prepared<T>* data;
+  int64_t stride;
+};
+
+// x: [tokens, n], contiguous. It is used where it lies if nothing needs to be done to it.
+template <typename T>
+PreparedRows<T> prepare_rows(const T* x, int64_t tokens, int64_t n) {
+  if constexpr (std::is_same_v<Prepared<T>, T>) {
+    if (sizeof(T) == 2 && n % kBlock == 0) return {{}, x, n};
+  }
+  const int64_t stride = prepared_stride(n);
+  at::Tensor storage = at::empty({tokens * stride * static_cast<int64_t>(sizeof(Prepared<T>))}, at::kByte);
+  auto* out = reinterpret_cast<Prepared<T>*>(storage.mutable_data_ptr<uint8_t>());
   at::parallel_for(0, tokens, grain(n), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) split_row(x + t * n, n, out + t * split_stride(n));
+    for (int64_t t = begin; t < end; ++t) prepare_row(x + t * n, n, out + t * stride);
   });
-  return split;
+  return {storage, out, stride};
 }
 
 template <typename T>
-void linear_rows(const T* w, const T* bias, const float* x, int64_t tokens, int64_t d_in, int64_t d_out, T* y) {
+void linear_rows(const T* w, const T* bias, const PreparedRows<T>& x, int64_t tokens, int64_t d_in, int64_t d_out, T* y) {
   // Many tokens do not fit the second cache: more rows are kept there instead, so that x comes by less often.
   const bool many = tokens > kFewTokens && d_out >= 4 * at::get_num_threads() * kManyRows;
   const int64_t group_rows = many ? kManyRows : kGroupRows;
@@ -43,15 +55,15 @@ void linear_rows(const T* w, const T* bias, const float* x, int64_t tokens, int6
       const int64_t row = group * group_rows;
       const int rows = static_cast<int>(std::min(group_rows, d_out - row));
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t k = 0; k < d_in; k += kChunk) {
+      for (int64_t k = 0; k < d_in; k += kChunk<T>) {
         const T* here = w + row * d_in + k;
         const T* next = nullptr;
-        if (k + kChunk < d_in) {
-          next = here + kChunk;
+        if (k + kChunk<T> < d_in) {
+          next = here + kChunk<T>;
         } else if (group + 1 < end && row + 2 * group_rows <= d_out) {
           next = w + (row + group_rows) * d_in;
         }
-        dot_group(rows, here, d_in, x + k, split_stride(d_in), tokens, std::min(kChunk, d_in - k), sums.data(),
+        dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
                   group_rows, next);
       }
       for (int64_t t = 0; t < tokens; ++t) {
@@ -81,9 +93,8 @@ inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const st
   at::Tensor y = at::empty(shape, x.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const at::Tensor split = split_rows(rows.const_data_ptr<T>(), tokens, d_in);
-    linear_rows(weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr, split.const_data_ptr<float>(),
-                tokens, d_in, d_out, y.mutable_data_ptr<T>());
+    linear_rows(weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
+                prepare_rows(rows.const_data_ptr<T>(), tokens, d_in), tokens, d_in, d_out, y.mutable_data_ptr<T>());
   };
   if (x.scalar_type() == at::kFloat) {
     run(float{});

@@ -47,15 +47,15 @@ inline std::vector<ShrinkUnit> shrink_units(const LoraEntry* entries, int64_t co
 }
 
 template <typename T>
-void shrink(const ShrinkUnit& unit, const float* x, int64_t d_in) {
+void shrink(const ShrinkUnit& unit, const PreparedRows<T>& x, int64_t d_in) {
   const LoraEntry& e = *unit.entry;
   float* h = unit.h + unit.token * e.rank + unit.row;
   for (int64_t t = 0; t < unit.num_tokens; ++t) std::fill_n(h + t * e.rank, unit.num_rows, 0.0f);
   const T* a = reinterpret_cast<const T*>(e.a) + unit.row * d_in;
-  const float* rows = x + (e.start + unit.token) * split_stride(d_in);
-  for (int64_t k = 0; k < d_in; k += kChunk) {
-    dot_group<T>(static_cast<int>(unit.num_rows), a + k, d_in, rows + k, split_stride(d_in), unit.num_tokens,
-                 std::min(kChunk, d_in - k), h, e.rank, nullptr);
+  const Prepared<T>* rows = x.data + (e.start + unit.token) * x.stride;
+  for (int64_t k = 0; k < d_in; k += kChunk<T>) {
+    dot_group<T>(static_cast<int>(unit.num_rows), a + k, d_in, rows + k, x.stride, unit.num_tokens,
+                 std::min(kChunk<T>, d_in - k), h, e.rank, nullptr);
   }
   const float scale = static_cast<float>(e.scale);
   for (int64_t t = 0; t < unit.num_tokens; ++t) {
@@ -72,22 +72,14 @@ void add_lora_rows(T* y, const T* x, const LoraEntry* entries, int64_t count, in
     num_h += (entries[i].end - entries[i].start) * entries[i].rank;
     work += entries[i].rank * (entries[i].end - entries[i].start + 4);
   }
-  at::Tensor split = at::empty({tokens, split_stride(d_in)}, at::kFloat);
+  const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in);
   at::Tensor products = at::empty({num_h}, at::kFloat);
-  float* x_split = split.mutable_data_ptr<float>();
   float* h = products.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < count; ++i) {
-    if (i > 0 && same_tokens(entries[i], entries[i - 1])) continue;
-    const int64_t start = entries[i].start;
-    at::parallel_for(start, entries[i].end, grain(d_in), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) split_row(x + t * d_in, d_in, x_split + t * split_stride(d_in));
-    });
-  }
 
   const std::vector<ShrinkUnit> units = shrink_units(entries, count, h);
   const int64_t num_units = static_cast<int64_t>(units.size());
   at::parallel_for(0, num_units, grain(work * d_in / std::max<int64_t>(1, num_units)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) shrink<T>(units[i], x_split, d_in);
+    for (int64_t i = begin; i < end; ++i) shrink<T>(units[i], prepared, d_in);
   });
 
   const int64_t blocks = (d_out + kExpandColumns - 1) / kExpandColumns;

@@ -4,33 +4,54 @@
 //   axpy  y[i][:]  += sum_r h[i][r] * b[r][:]      rows of B, of values
 //
 // Weights are read where they lie, row by row, as the checkpoint has them: nothing is packed and nothing is copied,
-// so a tied embedding stays one tensor, and any other code may still use it. x is float32, its rows "split" into
-// blocks as load_pair gives them and padded with zeros to whole blocks.
+// so a tied embedding stays one tensor, and any other code may still use it. x is "prepared": padded with zeros to
+// whole blocks, and where no instruction multiplies bfloat16, as float32 "split" in each block as load_pair gives it.
 
 #pragma once
 
 #include "simd.h"
 
 #include <algorithm>
+#include <type_traits>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace adapterd {
+
+#if defined(__AVX512BF16__)
+// vdpbf16ps multiplies bfloat16 as it is, two products a lane: x stays bfloat16 beside weights of it.
+template <typename T>
+using Prepared = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
+#else
+template <typename T>
+using Prepared = float;
+#endif
 
 constexpr int kTileRows = 4;    // rows of weights that a tile takes
 constexpr int kGroupRows = 16;  // rows of weights that meet all tokens before the next rows are read
 constexpr int kTileTokens = 6;  // tokens that a tile takes: 4 * 6 sums, with a block of weights, fill 32 registers
 
-constexpr int64_t kChunk = 1024;  // columns at a time: 6 tokens of them, 24 KiB, stay in the first cache
-
-// Floats from one split row to the next: whole blocks, and one more, since rows a multiple of 4096 bytes apart would
-// all fall into the same few lines of the first cache.
-inline int64_t split_stride(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock + kBlock; }
-
-// One row of x, split. out holds split_stride(n) floats.
+// Columns at a time: 6 tokens of them, 24 KiB, stay in the first cache.
 template <typename T>
-inline void split_row(const T* x, int64_t n, float* out) {
-  int64_t k = 0;
-  for (; k + kBlock <= n; k += kBlock) store_pair(out + k, load_pair(x + k));
-  if (k < n) store_pair(out + k, load_pair(x + k, n - k));
+constexpr int64_t kChunk = 24 * 1024 / (kTileTokens * sizeof(Prepared<T>));
+
+// Numbers from one prepared row to the next: whole blocks, and one more, since rows a multiple of 4096 bytes apart
+// would all fall into the same few lines of the first cache.
+inline int64_t prepared_stride(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock + kBlock; }
+
+// One row of x, prepared. out holds prepared_stride(n) numbers.
+template <typename T>
+inline void prepare_row(const T* x, int64_t n, Prepared<T>* out) {
+  const int64_t whole = n / kBlock * kBlock;
+  if constexpr (std::is_same_v<Prepared<T>, bf16>) {
+    std::memcpy(out, x, n * sizeof(bf16));
+    if (whole < n) std::memset(out + n, 0, (whole + kBlock - n) * sizeof(bf16));
+  } else {
+    for (int64_t k = 0; k < whole; k += kBlock) store_pair(out + k, load_pair(x + k));
+    if (whole < n) store_pair(out + whole, load_pair(x + whole, n - whole));
+  }
 }
 
 // What to fetch from memory while computing on what is already here: `count` rows from `rows` on.
@@ -42,7 +63,7 @@ struct Prefetch {
 
 // out[i * ldo + j] += the product over columns [0, n), i < NX, j < NW.
 template <typename T, int NW, int NX>
-inline void dot_tile(const T* w, int64_t ldw, const float* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
+inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
                      Prefetch<T> next) {
   // Every loop over NW or NX must unroll, or the sums live in memory and not in registers.
   Vec sums[NX][NW];
@@ -51,25 +72,41 @@ inline void dot_tile(const T* w, int64_t ldw, const float* x, int64_t ldx, int64
 #pragma GCC unroll 8
     for (int j = 0; j < NW; ++j) sums[i][j] = Vec{};
   }
-  const auto add = [&](const T* tile_w, int64_t stride, const float* tile_x) __attribute__((always_inline)) {
-    Vec weights[NW];
+  const auto add = [&](const T* tile_w, int64_t stride, const Prepared<T>* tile_x) __attribute__((always_inline)) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      __m512bh weights[NW];
 #pragma GCC unroll 8
-    for (int j = 0; j < NW; ++j) weights[j] = load_first(tile_w + j * stride);
+      for (int j = 0; j < NW; ++j) weights[j] = load_as<__m512bh>(tile_w + j * stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < NX; ++i) {
-      const Vec token = load_as<Vec>(tile_x + i * ldx);
+      for (int i = 0; i < NX; ++i) {
+        const auto token = load_as<__m512bh>(tile_x + i * ldx);
 #pragma GCC unroll 8
-      for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
+        for (int j = 0; j < NW; ++j) sums[i][j] = bits<Vec>(_mm512_dpbf16_ps(bits<__m512>(sums[i][j]), weights[j], token));
+      }
+      return;
     }
-    // The compiler must not keep both halves of the weights: with 24 sums there are not enough registers.
-    asm volatile("" ::: "memory");
+#endif
+    if constexpr (std::is_same_v<Prepared<T>, float>) {
+      Vec weights[NW];
 #pragma GCC unroll 8
-    for (int j = 0; j < NW; ++j) weights[j] = load_second(tile_w + j * stride);
+      for (int j = 0; j < NW; ++j) weights[j] = load_first(tile_w + j * stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < NX; ++i) {
-      const Vec token = load_as<Vec>(tile_x + i * ldx + kLanes);
+      for (int i = 0; i < NX; ++i) {
+        const Vec token = load_as<Vec>(tile_x + i * ldx);
 #pragma GCC unroll 8
-      for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
+        for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
+      }
+      // The compiler must not keep both halves of the weights: with 24 sums there are not enough registers.
+      asm volatile("" ::: "memory");
+#pragma GCC unroll 8
+      for (int j = 0; j < NW; ++j) weights[j] = load_second(tile_w + j * stride);
+#pragma GCC unroll 8
+      for (int i = 0; i < NX; ++i) {
+        const Vec token = load_as<Vec>(tile_x + i * ldx + kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
+      }
     }
   };
   int64_t k = 0;
@@ -96,7 +133,7 @@ inline void dot_tile(const T* w, int64_t ldw, const float* x, int64_t ldx, int64
 }
 
 template <typename T, int NW>
-inline void dot_tokens(int tokens, const T* w, int64_t ldw, const float* x, int64_t ldx, int64_t n, float* out,
+inline void dot_tokens(int tokens, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out,
                        int64_t ldo, Prefetch<T> next) {
   switch (tokens) {
     case 1: return dot_tile<T, NW, 1>(w, ldw, x, ldx, n, out, ldo, next);
@@ -126,7 +163,7 @@ inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t 
 //      rows 4..7     tile -> tile
 //      ...
 template <typename T>
-inline void dot_group(int rows, const T* w, int64_t ldw, const float* x, int64_t ldx, int64_t tokens, int64_t n,
+inline void dot_group(int rows, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t tokens, int64_t n,
                       float* out, int64_t ldo, const T* next) {
   if (tokens == 0) return;
   const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
@@ -134,7 +171,7 @@ inline void dot_group(int rows, const T* w, int64_t ldw, const float* x, int64_t
   int64_t start = 0;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int count = static_cast<int>((tokens - start + passes - pass - 1) / (passes - pass));
-    const float* tile_x = x + start * ldx;
+    const Prepared<T>* tile_x = x + start * ldx;
     float* tile_out = out + start * ldo;
     const int64_t first = std::min<int64_t>(pass * share, kTileRows);
     const int64_t last = std::min<int64_t>(first + share, kTileRows);
