@@ -1,7 +1,11 @@
-"""Which code runs behind each seam: torch's own operators anywhere, or the C++ ones on a CPU."""
+"""Which code runs behind each seam: torch's own operators anywhere, C++ on a CPU, Triton on a CUDA device."""
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,7 +17,9 @@ from adapterd.model.attention_cpu import native_context
 from adapterd.model.lora import LoraStep
 from adapterd.model.lora_cpu import NativeLoraStep
 
-KernelName = Literal["auto", "torch", "native"]
+logger = logging.getLogger(__name__)
+
+KernelName = Literal["auto", "torch", "native", "triton"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,42 @@ NATIVE_KERNELS = Kernels(NativeLoraStep, native_context, is_native=True)
 
 
 def choose_kernels(wanted: KernelName, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """`auto` takes the C++ operators where they apply and are built. Raises BaseRefused if `native` cannot be had."""
-    applies = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if wanted != "torch" and applies and native.load():
-        return NATIVE_KERNELS
-    if wanted == "native":
-        reason = (
-            f"are not built; run `{native.BUILD_COMMAND}`" if applies else f"do not run {dtype} on {device}"
-        )
-        raise BaseRefused(f"the C++ operators {reason}")
+    """`auto` takes the fastest that apply and are there. Raises BaseRefused if the ones asked for cannot be had."""
+    if wanted == "torch":
+        return TORCH_KERNELS
+    if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
+        applies = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+        if applies and native.load():
+            return NATIVE_KERNELS
+        if wanted == "native":
+            reason = (
+                f"are not built; run `{native.BUILD_COMMAND}`"
+                if applies
+                else f"do not run {dtype} on {device}"
+            )
+            raise BaseRefused(f"the C++ operators {reason}")
+        return TORCH_KERNELS
+    missing = _why_not_triton(device, dtype)
+    if missing is None:
+        return _triton_kernels(device)
+    if wanted == "triton":
+        raise BaseRefused(f"the Triton kernels {missing}")
+    logger.warning("adapters and attention run through torch's own operators: the Triton kernels %s", missing)
     return TORCH_KERNELS
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "need the package triton; run `pip install triton`"
+    # In Triton's interpreter they run anywhere, slowly: that is for tests.
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not runs or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"do not run {dtype} on {device}"
+    return None
+
+
+def _triton_kernels(device: torch.device) -> Kernels:
+    # Imported here: a CPU need not have the package, and pays nothing for it where it has.
+    from adapterd.model.lora_triton import TritonLoraStep
+
+    return Kernels(partial(TritonLoraStep, device), paged_context, is_native=False)
