@@ -72,6 +72,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _triton_kernels(device: torch.device) -> Kernels:
     # Imported here: a CPU need not have the package, and pays nothing for it where it has.
+    from adapterd.model.attention_triton import triton_context
     from adapterd.model.lora_triton import TritonLoraStep
 
-    return Kernels(partial(TritonLoraStep, device), paged_context, is_native=False)
+    return Kernels(partial(TritonLoraStep, device), triton_context, is_native=False)
