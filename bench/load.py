@@ -29,6 +29,7 @@ class Load:
     seed: int
     objective: dict[str, float]
     request_timeout_seconds: float
+    num_warmup: int | None = None
 
     @property
     def num_requests(self) -> int:
@@ -58,8 +59,8 @@ def build_requests(load: Load, target: Target, form: PromptForm, round_index: in
 
 
 def build_warmup(load: Load, target: Target, form: PromptForm, round_index: int) -> list[LoadRequest]:
-    """As many requests as run at once, and one for each adapter at least."""
-    count = max(load.concurrency or 1, len(load.adapters))
+    """`num_warmup` requests; by default as many as run at once, and one for each adapter at least."""
+    count = max(load.concurrency or 1, len(load.adapters)) if load.num_warmup is None else load.num_warmup
     lengths = Lengths(load.lengths[0].prompt_tokens, _WARMUP_OUTPUT_TOKENS)
     return [
         build_request(

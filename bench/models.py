@@ -5,7 +5,7 @@ the single bytes is a whole word with its space, and greedy decoding never choos
 n tokens, and each generated token is a chunk of visible text on any server.
 
     python -m bench.models --out OUT                             # OUT/base, OUT/adapters/adapter-00 .. -07
-    python -m bench.models --out OUT --adapters 32 --ranks 8,16,32,64
+    python -m bench.models --out OUT --no-base --adapters-in adapters-ranks --ranks 8,16,32,64
     python -m bench.models --out OUT --shape llama-3-8b --adapters 32
 
 The last line of stdout is JSON: paths relative to OUT, and bytes.
@@ -168,20 +168,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters", type=int, default=8, help="how many")
     parser.add_argument("--ranks", default="16", help="one rank, or several that the adapters take in turn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters-in", default="adapters", help="their directory below OUT")
+    parser.add_argument("--no-base", action="store_true", help="only the adapters, for a base that is there")
     arguments = parser.parse_args(argv)
     config = SHAPES[arguments.shape]()
     ranks = [int(rank) for rank in arguments.ranks.split(",")]
-    base_bytes = make_base(config, arguments.out / "base", arguments.seed)
+    made = {} if arguments.no_base else {"base": make_base(config, arguments.out / "base", arguments.seed)}
     adapter_bytes = {
-        f"adapters/adapter-{i:02}": make_adapter(
+        f"{arguments.adapters_in}/adapter-{i:02}": make_adapter(
             config,
-            arguments.out / "adapters" / f"adapter-{i:02}",
+            arguments.out / arguments.adapters_in / f"adapter-{i:02}",
             ranks[i % len(ranks)],
             arguments.seed + 1 + i,
         )
         for i in range(arguments.adapters)
     }
-    print(json.dumps({"bench": "models", "shape": arguments.shape, "base": base_bytes, **adapter_bytes}))
+    print(json.dumps({"bench": "models", "shape": arguments.shape, **made, **adapter_bytes}))
     return 0
 
 

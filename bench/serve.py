@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         load = load_of(arguments)
-        result: dict[str, Any] = {"bench": "serve", "machine": machine(), "load": _described(load)}
+        result: dict[str, Any] = {"bench": "serve", "machine": machine(), "load": described(load)}
         if arguments.compare:
             targets = [read_target(path) for path in arguments.compare]
             runs: dict[int, list[Figures]] = {0: [], 1: []}
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for index, target in enumerate(targets):
                     runs[index] += measure(target, load, arguments, [round_index])
             result["servers"] = [
-                {"target": _shown(target), "runs": runs[index], "median": median_of(runs[index])}
+                {"target": shown(target), "runs": runs[index], "median": median_of(runs[index])}
                 for index, target in enumerate(targets)
             ]
             result["ratios"] = ratios(runs[0], runs[1])
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             target = _target(arguments)
             figures = measure(target, load, arguments, range(arguments.rounds))
-            result |= {"target": _shown(target), "runs": figures, "median": median_of(figures)}
+            result |= {"target": shown(target), "runs": figures, "median": median_of(figures)}
     except (OSError, RuntimeError, ValueError) as error:
         print(f"bench.serve: {error}", file=sys.stderr)
         return 1
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _described(load: Load) -> dict[str, Any]:
+def described(load: Load) -> dict[str, Any]:
     described = dataclasses.asdict(load)
     del described["words"]
     described["token_ids"] = [load.token_ids.start, load.token_ids.stop]
@@ -127,7 +127,7 @@ def _shortened(lengths: Sequence[Lengths]) -> Any:
     return [[length.prompt_tokens, length.output_tokens] for length in lengths]
 
 
-def _shown(target: Target) -> dict[str, Any]:
+def shown(target: Target) -> dict[str, Any]:
     """As its file says it, with variables unexpanded: results name no place of the machine they come from."""
     return dataclasses.asdict(target)
 
@@ -170,6 +170,7 @@ def load_of(arguments: argparse.Namespace) -> Load:
         seed=arguments.seed,
         objective=parse_objective(arguments.slo) if arguments.slo else {},
         request_timeout_seconds=arguments.request_timeout,
+        num_warmup=arguments.warmup,
     )
 
 
@@ -202,6 +203,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rate", type=float, help="open loop: requests a second")
     add("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1 is Poisson")
     add("--requests", type=int, help="measured requests (default: 4 a client, or the trace's)")
+    add(
+        "--warmup",
+        type=int,
+        help="unmeasured requests first (default: as many as run at once, and every adapter)",
+    )
     add("--adapters", default="0", help="how many (adapter-00, ...; 0: the base alone), or names with commas")
     add("--popularity", default="distinct", help="identical, distinct, uniform or zipf:1.5")
     add("--prompt-tokens", type=int, default=128)

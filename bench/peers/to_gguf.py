@@ -1,6 +1,6 @@
-"""The benchmark's base and adapters as GGUF files for llama.cpp: bfloat16 weights, nothing quantised.
+"""The benchmark's base and adapters as GGUF files for llama.cpp: bfloat16 weights, and the base in q8_0 as well.
 
-    python -m bench.peers.to_gguf --models OUT        # OUT/gguf/base.gguf, OUT/gguf/adapter-00.gguf, ...
+    python -m bench.peers.to_gguf --models OUT    # OUT/gguf/base.gguf, base-q8_0.gguf, adapter-00.gguf, ...
 
 Needs the package `gguf` (bench/peers/setup_llamacpp.sh installs it). Only shapes that bench/models.py makes of
 Qwen3: llama.cpp's own converter knows every family, but refuses a tokenizer that it has not seen.
@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 _ARCHITECTURE = "qwen3"
 
 
-def write_base(base: Path, out: Path) -> None:
+def write_base(base: Path, out: Path, *, q8_0: bool = False) -> None:
     config = json.loads((base / "config.json").read_text())
     if config["model_type"] != _ARCHITECTURE:
         raise ValueError(f"the base is {config['model_type']}; only {_ARCHITECTURE} is converted")
     writer = gguf.GGUFWriter(out, _ARCHITECTURE)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if q8_0 else gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -40,7 +40,7 @@ def write_base(base: Path, out: Path) -> None:
     names = _names(config["num_hidden_layers"])
     for name, tensor in load_file(base / "model.safetensors").items():
         stem, _, kind = name.rpartition(".")
-        _add_tensor(writer, f"{names.get_name(stem)}.{kind}", tensor)
+        _add_tensor(writer, f"{names.get_name(stem)}.{kind}", tensor, q8_0)
     _write(writer)
 
 
@@ -61,9 +61,12 @@ def _names(num_layers: int) -> Any:
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, num_layers)
 
 
-def _add_tensor(writer: Any, name: str, tensor: torch.Tensor) -> None:
+def _add_tensor(writer: Any, name: str, tensor: torch.Tensor, q8_0: bool = False) -> None:
     if tensor.dim() == 1:  # llama.cpp wants norms in float32
         writer.add_tensor(name, tensor.float().numpy())
+    elif q8_0:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     else:
         as_bytes = tensor.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, as_bytes, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -104,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models: Path = parser.parse_args(argv).models
     (models / "gguf").mkdir(exist_ok=True)
     write_base(models / "base", models / "gguf" / "base.gguf")
+    write_base(models / "base", models / "gguf" / "base-q8_0.gguf", q8_0=True)
     num_layers = json.loads((models / "base" / "config.json").read_text())["num_hidden_layers"]
     for directory in sorted((models / "adapters").iterdir()):
         write_adapter(directory, num_layers, models / "gguf" / f"{directory.name}.gguf")

@@ -1,6 +1,10 @@
-"""A server that speaks the streamed completions of the OpenAI API and answers without a model."""
+"""A server that speaks the streamed completions of the OpenAI API and answers without a model.
+
+python -m tests.bench.fake_openai PORT     # as a process of its own, for what starts its servers itself
+"""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,12 +71,17 @@ def _num_prompt_tokens(body: dict[str, Any]) -> int:
     return len(prompt if isinstance(prompt, list) else prompt.split())
 
 
+def _server(port: int) -> ThreadingHTTPServer:
+    server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+    server.daemon_threads = True
+    server.seen = []  # type: ignore[attr-defined]
+    return server
+
+
 @contextmanager
 def fake_openai() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Its url, and the bodies it has been sent, each with its path."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    server.seen = []  # type: ignore[attr-defined]
+    server = _server(0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -81,3 +90,7 @@ def fake_openai() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+if __name__ == "__main__":
+    _server(int(sys.argv[1])).serve_forever()
