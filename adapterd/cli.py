@@ -55,7 +55,7 @@ def serve(flags: dict[str, Any]) -> int:
     from adapterd.server.app import create_app
     from adapterd.server.state import ServerState
 
-    state = ServerState(Daemon.build(settings), max_queue=settings.max_queue)
+    state = ServerState(Daemon.build(settings, state=settings.state), max_queue=settings.max_queue)
     app = create_app(state, allow_runtime_adapters=settings.allow_runtime_adapters, key_hashes=key_hashes)
 
     def on_ready() -> None:

@@ -82,6 +82,9 @@ class EngineSettings(Settings):
     adapter_memory: Bytes | None = Field(
         None, description="memory for resident adapters (default: automatic)"
     )
+    host_memory: Bytes | None = Field(
+        None, description="memory for adapters on the host (default: a quarter of what is free)"
+    )
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step at most")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once at most")
     max_model_len: int | None = Field(
@@ -95,6 +98,10 @@ class ServeSettings(EngineSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    state: Path | None = Field(
+        None,
+        description="directory where versions, aliases and pins are kept over a restart (default: nowhere)",
+    )
     allow_runtime_adapters: bool = Field(
         False, description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter"
     )

@@ -252,3 +252,21 @@ class EngineStats:
     num_evictions: int
     heartbeat_seconds: float
     failed: str | None
+
+
+@dataclass(frozen=True)
+class RegistryStats:
+    """Counters of the registry: names by state, and the host memory that weights are kept in.
+
+    `host_bytes_total` is None without a limit. A miss is a request whose adapter had to be read first.
+    """
+
+    num_ready: int
+    num_failed: int
+    host_bytes_total: int | None
+    host_bytes: int
+    num_host_hits: int
+    num_host_misses: int
+    num_host_evictions: int
+    num_reads: int
+    read_seconds: float

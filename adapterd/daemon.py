@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import BaseSpec, Request, RequestId
+from adapterd.database import Database
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
@@ -32,6 +35,8 @@ class DaemonSettings(EngineSizes, Protocol):
     def device(self) -> DeviceName: ...
     @property
     def max_model_len(self) -> int | None: ...
+    @property
+    def host_memory(self) -> int | None: ...
 
 
 class Daemon:
@@ -44,9 +49,13 @@ class Daemon:
         self.engine = engine
 
     @classmethod
-    def build(cls, settings: DaemonSettings) -> "Daemon":
-        """Load the base and start reading the adapters. Raises BaseRefused or ConfigError."""
+    def build(cls, settings: DaemonSettings, *, state: Path | None = None) -> "Daemon":
+        """Load the base and open the registry, kept in the directory `state` if one is given.
+
+        Raises BaseRefused or ConfigError.
+        """
         fingerprint = base_fingerprint(find_base(settings.base))
+        database = Database(state, base_fingerprint=fingerprint)
         base = load_base(
             settings.base,
             served_name=settings.served_name,
@@ -71,6 +80,8 @@ class Daemon:
             base_fingerprint=fingerprint,
             on_drop=lambda adapter_id: engine.retire(adapter_id),
             check=lambda adapter: check_fits(runner, adapter),
+            database=database,
+            host_bytes=host_bytes(settings.host_memory),
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings)
         return cls(spec, renderer, registry, engine)
@@ -80,3 +91,8 @@ class Daemon:
         for request in requests:
             self.engine.submit(request)
         return collect(self.engine)
+
+
+def host_bytes(setting: int | None) -> int:
+    """Bytes of host memory for adapters: as set, or a quarter of what is free now."""
+    return int(psutil.virtual_memory().available) // 4 if setting is None else setting

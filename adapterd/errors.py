@@ -12,7 +12,10 @@ AdapterdError
 ├── BaseRefused               start-up only: a base that cannot be served exactly
 ├── ConfigError               start-up only: a setting that is unknown, malformed or unsafe
 └── Unavailable               503  starting, draining, or the adapter is still loading
+    └── BeingRead             503  its weights are on the way to memory; `done` says when they are there
 """
+
+from concurrent.futures import Future
 
 
 class AdapterdError(Exception):
@@ -96,3 +99,11 @@ class Unavailable(AdapterdError):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class BeingRead(Unavailable):
+    """Who can wait asks again when `done` is, and keeps its result until then: the weights, or the error."""
+
+    def __init__(self, message: str, *, done: "Future[object]") -> None:
+        super().__init__(message)
+        self.done = done

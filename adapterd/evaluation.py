@@ -91,7 +91,7 @@ def evaluate_adapter(daemon: Daemon, entry: AdapterEntry, settings: EvaluationSe
     data = settings.data if settings.data is not None else entry.path / HELDOUT_FILE
     rows = read_rows(data)[: settings.limit]
     base = daemon.registry.resolve(daemon.spec.name)
-    adapted = daemon.registry.resolve(f"{daemon.spec.name}:{entry.name}")
+    adapted = daemon.registry.resolve_waiting(f"{daemon.spec.name}:{entry.name}", _LOAD_TIMEOUT_SECONDS)
     lease = daemon.registry.lease(adapted.mix)
     base_answers: list[Answer] = []
     adapter_answers: list[Answer] = []

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from adapterd.core import EngineStats, Output, Request
+from adapterd.core import EngineStats, Output, RegistryStats, Request
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 100
@@ -30,7 +30,10 @@ Outcome = Literal["finished", "cancelled", "failed"]
 
 @dataclass(frozen=True)
 class Series:
-    """`value` reads one of the engine's; the others are fed by requests. `buckets` make a histogram."""
+    """`value` reads one of the engine's, `registry_value` one of the registry's; the others are fed by requests.
+
+    `buckets` make a histogram.
+    """
 
     name: str
     help: str
@@ -38,6 +41,11 @@ class Series:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     value: Callable[[EngineStats], float] | None = None
+    registry_value: Callable[[RegistryStats], float] | None = None
+
+    @property
+    def is_fed_by_requests(self) -> bool:
+        return self.value is None and self.registry_value is None
 
 
 def _gauge(name: str, help: str, value: Callable[[EngineStats], float]) -> Series:
@@ -46,6 +54,12 @@ def _gauge(name: str, help: str, value: Callable[[EngineStats], float]) -> Serie
 
 def _counter(name: str, help: str, value: Callable[[EngineStats], float]) -> Series:
     return Series(name, help, "counter", ("model_name",), value=value)
+
+
+def _registry(
+    kind: Literal["gauge", "counter"], name: str, help: str, value: Callable[[RegistryStats], float]
+) -> Series:
+    return Series(name, help, kind, ("model_name",), registry_value=value)
 
 
 def _by_adapter(name: str, help: str, *buckets: float, more: tuple[str, ...] = ()) -> Series:
@@ -78,6 +92,15 @@ SERIES: tuple[Series, ...] = (
     _counter("adapterd_prefix_hit_tokens_total", "Prefix cache: tokens found.", lambda s: s.num_prefix_hit_tokens),
     _counter("adapterd_adapter_uploads_total", "Adapters moved to the device.", lambda s: s.num_uploads),
     _counter("adapterd_adapter_evictions_total", "Adapters that left the device.", lambda s: s.num_evictions),
+    # names and the weights in host memory
+    _registry("gauge", "adapterd_adapters", "Adapters that can be asked for.", lambda s: s.num_ready),
+    _registry("gauge", "adapterd_failed_adapters", "Adapters that were refused.", lambda s: s.num_failed),
+    _registry("gauge", "adapterd_host_adapter_bytes", "Adapter weights in host memory.", lambda s: s.host_bytes),
+    _registry("counter", "adapterd_host_adapter_hits_total", "Found in host memory.", lambda s: s.num_host_hits),
+    _registry("counter", "adapterd_host_adapter_misses_total", "Had to be read first.", lambda s: s.num_host_misses),
+    _registry("counter", "adapterd_host_adapter_evictions_total", "Left host memory.", lambda s: s.num_host_evictions),
+    _registry("counter", "adapterd_adapter_reads_total", "Adapters read from disk.", lambda s: s.num_reads),
+    _registry("counter", "adapterd_adapter_read_seconds_total", "Time spent reading them.", lambda s: s.read_seconds),
     # requests
     _by_adapter("adapterd_requests_total", "Requests that ended.", more=("outcome",)),
     _by_adapter("adapterd_prompt_tokens_total", "Tokens of prompts."),
@@ -97,13 +120,14 @@ class Metrics:
         self,
         base_name: str,
         stats: Callable[[], EngineStats],
+        registry_stats: Callable[[], RegistryStats],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(base_name, stats))
-        own = {series.name: series for series in SERIES if series.value is None}
+        self._registry.register(_StatsCollector(base_name, stats, registry_stats))
+        own = {series.name: series for series in SERIES if series.is_fed_by_requests}
         self._counters = {
             name: Counter(name, series.help, series.labels, registry=self._registry)
             for name, series in own.items()
@@ -187,25 +211,36 @@ class RequestRecord:
         self._metrics.time("adapterd_request_seconds", self._label, duration)
 
 
-class _EngineCollector(Collector):
-    """The engine's series, made from its last counters at each scrape."""
+class _StatsCollector(Collector):
+    """The engine's and the registry's series, made from their last counters at each scrape."""
 
-    def __init__(self, base_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self,
+        base_name: str,
+        stats: Callable[[], EngineStats],
+        registry_stats: Callable[[], RegistryStats],
+    ) -> None:
         self._base_name = base_name
         self._stats = stats
+        self._registry_stats = registry_stats
         self._resident: tuple[str, ...] = ()
         self._changed_unix = time.time()
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats, registry = self._stats(), self._registry_stats()
         for series in SERIES:
             if series.value is not None:
-                family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
-                metric = family(series.name, series.help, labels=series.labels)
-                metric.add_metric((self._base_name,), series.value(stats))
-                yield metric
+                yield self._metric(series, series.value(stats))
+            elif series.registry_value is not None:
+                yield self._metric(series, series.registry_value(registry))
         yield self._cache_config(stats)
         yield self._lora_requests_info(stats)
+
+    def _metric(self, series: Series, value: float) -> Metric:
+        family = GaugeMetricFamily if series.kind == "gauge" else CounterMetricFamily
+        metric = family(series.name, series.help, labels=series.labels)
+        metric.add_metric((self._base_name,), value)
+        return metric
 
     def _cache_config(self, stats: EngineStats) -> Metric:
         labels = ("block_size", "num_gpu_blocks")

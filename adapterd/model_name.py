@@ -1,5 +1,7 @@
 """The `model` field of a request, as a string: BASE, BASE:ADAPTER, BASE:ADAPTER@VERSION, BASE:a*0.7+b*0.3.
 
+VERSION is a number (`@3`), an alias (`@stable`), or at least six digits of a digest (`@3fa94c`).
+
 Grammar only; whether such adapters exist is `registry.py`'s to say.
 """
 
@@ -19,16 +21,18 @@ _MAX_WEIGHT = 1000.0
 _MAX_NAMES_SHOWN = 20
 _MAX_NAMES_COMPARED = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
+_HEX = re.compile(r"[0-9a-f]{1,64}")
 _PART = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})"
-    r"(?:@(?P<version>[0-9a-f]{1,64}))?"
+    r"(?:@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]{0,63}))?"
     r"(?:\*(?P<weight>-?[0-9]{1,16}(?:\.[0-9]{1,16})?))?"
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter of a composition. `version` is the beginning of a digest."""
+    """One adapter of a composition. `version` is a number, an alias, or the beginning of a digest."""
 
     name: str
     version: str | None
@@ -37,6 +41,15 @@ class Part:
 
 def is_adapter_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
+
+
+def is_version_number(version: str) -> bool:
+    return _NUMBER.fullmatch(version) is not None
+
+
+def is_version_digest(version: str) -> bool:
+    """Long enough to be the beginning of a digest; a shorter one is a number or nothing."""
+    return len(version) >= MIN_VERSION_LENGTH and _HEX.fullmatch(version) is not None
 
 
 def parse_model_name(model: str, *, base_name: str) -> tuple[Part, ...]:
@@ -77,7 +90,8 @@ def _parse_part(piece: str, model: str) -> Part:
             )
         raise ModelNotFound(f"the model {shown(model)} does not exist", param="model")
     version, weight = match["version"], float(match["weight"] or 1)
-    if version is not None and len(version) < MIN_VERSION_LENGTH:
+    is_hex = version is not None and _HEX.fullmatch(version) is not None
+    if version is not None and is_hex and not is_version_number(version) and not is_version_digest(version):
         raise InvalidRequest(
             f"the version {version!r} is too short: give at least {MIN_VERSION_LENGTH} digits of the digest",
             param="model",

@@ -1,45 +1,41 @@
-"""Name -> current version of an adapter: sources, background loading, versions, leases.
+"""Names and what they mean now: resolving a model, holding its weights, moving names from version to version.
 
-Host memory only. A version is there while a name points to it or a lease holds it; when the last of
-them goes, `on_drop` is told. Reading happens in a small pool and never under the lock.
+What is known and what is in memory lies in the catalog (`catalog.py`); `folders.py` says which watched folder
+is to be read when, `reading.py` reads it. Changes of one name take turns; requests never wait for them.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from adapterd.adapter import Adapter, read_adapter
+from adapterd.adapter import Adapter
+from adapterd.catalog import Catalog
 from adapterd.composition import ResolvedModel, compose, resolve_base
-from adapterd.core import AdapterId, AdapterMix, BaseSpec
+from adapterd.core import AdapterId, AdapterMix, BaseSpec, RegistryStats
+from adapterd.database import Database
 from adapterd.errors import (
-    AdapterdError,
     AdapterRefused,
-    ConfigError,
+    BeingRead,
     Conflict,
     InvalidRequest,
     ModelNotFound,
     Unavailable,
 )
+from adapterd.folders import FolderWatcher
 from adapterd.model_name import BASE_ALIAS, Part, is_adapter_name, nearest_names, parse_model_name, shown
+from adapterd.names import NameRecord, Owner, State, Version
+from adapterd.reading import AdapterReader
 from adapterd.token_table import TokenizerIdentity
-from adapterd.versions import Lease, VersionTable
-from adapterd.watch import Found, Signature, scan, signature_of
+from adapterd.versions import Lease
+from adapterd.watch import Found, signature_of
 
 _logger = logging.getLogger(__name__)
 
-State = Literal["LOADING", "READY", "FAILED"]
-Dropped = tuple[AdapterId, ...]
-"""Versions that nothing holds any more; `on_drop` is told once the lock is free."""
-
 _NUM_LOADERS = 4
-# A folder that is replaced by two renames is missing for an instant.
-_POLLS_UNTIL_GONE = 2
 
 
 @dataclass(frozen=True)
@@ -55,31 +51,17 @@ class AdapterEntry:
     num_bytes: int
     rank: int
     targets: tuple[str, ...]
-
-
-@dataclass
-class _Entry:
-    name: str
-    path: Path
-    root: Path
-    watched: bool
-    current: Adapter | None = None
-    error: str | None = None
-    loaded_at: float | None = None
-    seen: Signature | None = None
-    tried: Signature | None = None
-    in_flight: bool = False
-    polls_missing: int = 0
-
-    @property
-    def state(self) -> State:
-        if self.current is not None:
-            return "READY"
-        return "FAILED" if self.error is not None else "LOADING"
+    owner: Owner | None
+    number: int | None
+    previous: int | None
+    versions: tuple[Version, ...]
+    aliases: tuple[tuple[str, int], ...]
+    is_pinned: bool
+    in_host_memory: bool
 
 
 class AdapterRegistry:
-    """All adapters of one base. Every method may be called from any thread; only `load` waits for a disk."""
+    """All adapters of one base. Every method may be called from any thread; those that say so wait for a disk."""
 
     def __init__(
         self,
@@ -91,87 +73,91 @@ class AdapterRegistry:
         poll_seconds: float = 1.0,
         on_drop: Callable[[AdapterId], None] = lambda adapter_id: None,
         check: Callable[[Adapter], None] = lambda adapter: None,
+        database: Database | None = None,
+        host_bytes: int | None = None,
     ) -> None:
         """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left.
 
-        Raises ConfigError if one of `directories` is none.
+        Without a `database` nothing is kept over a restart, without `host_bytes` all that is read stays in
+        memory. Raises ConfigError if one of `directories` is none.
         """
-        for directory in directories:
-            if not directory.is_dir():
-                raise ConfigError(f"adapter directory {directory} does not exist", param="adapters")
         self._spec = spec
-        self._roots = tuple(Path(os.path.abspath(directory)) for directory in directories)
-        self._tokenizer = tokenizer
-        self._base_fingerprint = base_fingerprint
-        self._poll_seconds = poll_seconds
-        self._on_drop = on_drop
-        self._check = check
-        self._changed = threading.Condition()
-        self._entries: dict[str, _Entry] = {}
-        self._versions = VersionTable()
-        self._unloaded: dict[str, Signature | None] = {}
-        # One of a fixed number of locks per name: loads of one name take turns, a flood of names costs nothing.
+        self._reader = AdapterReader(
+            spec, directories, tokenizer=tokenizer, base_fingerprint=base_fingerprint, check=check
+        )
+        self._database = Database(None) if database is None else database
+        self._catalog = Catalog(self._database, host_bytes=host_bytes, on_drop=on_drop)
+        self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
+        self._watcher = FolderWatcher(self._reader.roots, self, self._pool, poll_seconds=poll_seconds)
+        # One of a fixed number of locks per name: changes of one name take turns, a flood of names costs nothing.
         self._name_locks = tuple(threading.Lock() for _ in range(64))
-        self._reported: set[str] = set()
-        self._stopping = threading.Event()
-        self._pool: ThreadPoolExecutor | None = None
-        self._watcher: threading.Thread | None = None
+        self._readings_lock = threading.Lock()
+        self._readings: dict[AdapterId, Future[object]] = {}
+        for record in self._database.load():
+            self._catalog.put(self._restored(record), save=False)
 
     def start(self) -> None:
-        """Look at the directories once, load what is there in the background, and keep watching."""
-        self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
-        self._poll(first=True)
-        self._watcher = threading.Thread(target=self._watch, name="adapter-watch", daemon=True)
+        """Look at the directories once, load what is new there in the background, and keep watching."""
+        for record in self._catalog.records():
+            if record.owner == "runtime" and _has_moved(record):
+                self._pool.submit(self._reload, record.name)
         self._watcher.start()
 
     def stop(self) -> None:
         """Stop watching and loading; what is loaded stays. Harmless if never started."""
-        self._stopping.set()
-        if self._watcher is not None:
-            self._watcher.join()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._watcher.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._database.close()
 
     def wait_loaded(self, timeout: float) -> bool:
         """Wait until no name is LOADING, at most `timeout` seconds; whether that came about."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: all(entry.state != "LOADING" for entry in self._entries.values()), timeout
-            )
+        return self._catalog.wait_for_names(
+            lambda records: all(record.state != "LOADING" for record in records), timeout
+        )
+
+    # What a request asks
 
     def resolve(self, model: str) -> ResolvedModel:
-        """What `model` names now. Raises ModelNotFound, Unavailable (loading), AdapterRefused, InvalidRequest."""
+        """What `model` names now. Touches no disk.
+
+        Raises ModelNotFound, Unavailable (loading), BeingRead, AdapterRefused, InvalidRequest.
+        """
         parts = parse_model_name(model, base_name=self._spec.name)
         if not parts:
             return resolve_base(self._spec)
-        with self._changed:
-            adapters = [self._find(part, model) for part in parts]
-        return compose(self._spec, parts, adapters)
+        return compose(self._spec, parts, [self._find(part, model) for part in parts])
+
+    def resolve_waiting(self, model: str, timeout: float) -> ResolvedModel:
+        """The same, waiting for weights that have to be read first."""
+        while True:
+            try:
+                return self.resolve(model)
+            except BeingRead as reading:
+                # Held here until it is resolved: memory may be too small to keep it for nobody.
+                kept = reading.done.result(timeout)
+                assert kept is not None
 
     def lease(self, mix: AdapterMix) -> Lease:
         """Hold the versions of a mix that `resolve` gave, for as long as its result is alive or another holds them."""
-        held: list[AdapterId] = []
-        try:
-            with self._changed:
-                for adapter_id, _ in mix:
-                    self._versions.hold(adapter_id)
-                    held.append(adapter_id)
-        except Unavailable:
-            self._release(held)
-            raise
-        return Lease(lambda: self._release(held))
+        return self._catalog.lease(mix)
 
     def weights(self, adapter_id: AdapterId) -> Adapter:
         """A leased version's matrices. Touches no disk. KeyError if nobody holds it, which is our own bug."""
-        with self._changed:
-            return self._versions[adapter_id]
+        return self._catalog.held(adapter_id)
+
+    def wait_released(self, adapter_id: AdapterId, timeout: float) -> bool:
+        """Wait until no lease holds a version, at most `timeout` seconds; whether that came about."""
+        return self._catalog.wait_released(adapter_id, timeout)
+
+    # What an operator asks
 
     def load(self, name: str, path: Path | str, *, inplace: bool) -> AdapterId:
         """Read `path` in this thread and make it `name`'s current version; requests from now on use it.
 
-        Without `inplace` a name that is already served is a Conflict. A relative path is looked for below
-        each adapter directory; one that is not below any of them is an InvalidRequest. Raises AdapterRefused
-        for an adapter that cannot be applied; then the version before serves on.
+        The same content again changes nothing. Without `inplace` other content under a name that is served is
+        a Conflict. A relative path is looked for below each adapter directory; one that is not below any of
+        them is an InvalidRequest. Raises AdapterRefused for an adapter that cannot be applied; then the
+        version before serves on.
         """
         if not is_adapter_name(name):
             raise InvalidRequest(
@@ -180,228 +166,308 @@ class AdapterRegistry:
             )
         if name in (self._spec.name, BASE_ALIAS):
             raise Conflict(f"{name!r} is the base's own name", param="lora_name")
-        directory, root = self._locate(str(path))
-        with self._name_locks[hash(name) % len(self._name_locks)]:
-            with self._changed:
-                known = self._entries.get(name)
-                if known is not None and known.current is not None and not inplace:
+        directory, root = self._reader.locate(str(path))
+        with self._name_lock(name):
+            signature = signature_of(directory)
+            adapter = self._reader.read(name, directory if signature is None else signature.real_path, root)
+            record = self._catalog.record(name)
+            served = record.current_version
+            if served is not None and not inplace:
+                if served.id != adapter.id:
                     raise Conflict(
-                        f"the adapter {name!r} is already loaded; set load_inplace to replace it",
+                        f"the adapter {name!r} is already loaded with other content; set load_inplace to"
+                        " replace it",
                         param="lora_name",
                     )
-            signature = signature_of(directory)
-            adapter = self._read(name, directory if signature is None else signature.real_path, root)
-            with self._changed:
-                entry = self._entries.get(name)
-                if entry is None or not (entry.watched and entry.path == directory):
-                    watched = directory.parent in self._roots and directory.name == name
-                    entry = self._adopt(_Entry(name, directory, root, watched))
-                self._unloaded.pop(name, None)
-                entry.seen = entry.tried = signature
-                dropped = self._publish(entry, adapter)
-        self._tell(dropped)
+                return served.id
+            is_watched = directory.parent in self._reader.roots and directory.name == name
+            self._publish(
+                replace(
+                    record,
+                    owner="folder" if is_watched else "runtime",
+                    path=directory,
+                    root=root,
+                    signature=signature,
+                ),
+                adapter,
+            )
         return adapter.id
 
     def unload(self, name: str) -> AdapterId:
-        """Forget a name. Running requests keep their weights; a watched folder stays out until it changes."""
-        with self._changed:
-            entry = self._entries.get(name)
-            if entry is None or entry.current is None:
-                raise self._not_found(name, near=name, param="lora_name")
-            adapter_id = entry.current.id
-            if entry.watched:
-                self._unloaded[name] = entry.seen
-            dropped = self._remove(name)
-        self._tell(dropped)
-        return adapter_id
+        """Stop serving a name. Running requests keep their weights; a watched folder stays out until it changes."""
+        with self._name_lock(name):
+            record, version = self._served(name)
+            if record.owner != "folder":
+                record = record.ownerless()
+            self._catalog.put(record.absent())
+        return version.id
+
+    def rollback(self, name: str, version: str | None = None) -> AdapterEntry:
+        """Point a name to the version that was current before, or to `version`. May wait for a disk.
+
+        A watched folder that holds the other version takes effect again when it changes.
+        """
+        with self._name_lock(name):
+            record, _ = self._served(name)
+            if version is not None:
+                target = _version_of(record, version)
+            elif record.previous is not None:
+                target = record.versions[record.previous]
+            else:
+                raise Conflict(
+                    f"the adapter {name!r} has no version before {record.current} to return to", param="name"
+                )
+            moved = replace(record.pointed_to(target.number), loaded_at=time.time(), error=None)
+            self._catalog.put(moved, self._weights_of(target))
+            _logger.info("adapter %s: back to version %d, %s", name, target.number, target.id.digest[:12])
+        return self.entry(name)
+
+    def alias(self, name: str, alias: str, version: str | None = None) -> AdapterEntry:
+        """Make NAME@alias mean `version`, or the current one; requests see one or the other. May wait for a disk."""
+        with self._name_lock(name):
+            record, current = self._served(name)
+            target = current if version is None else _version_of(record, version)
+            moved = record.with_alias(alias, target.number)
+            self._catalog.put(moved, self._weights_of(target))
+        return self.entry(name)
+
+    def unalias(self, name: str, alias: str) -> AdapterEntry:
+        with self._name_lock(name):
+            record, _ = self._served(name)
+            if alias not in record.aliases:
+                raise ModelNotFound(f"the adapter {name!r} has no alias {shown(alias)}", param="alias")
+            self._catalog.put(record.without_alias(alias))
+        return self.entry(name)
+
+    def pin(self, name: str, *, pinned: bool = True) -> AdapterEntry:
+        """Keep a name's current version in host memory, whatever it will be; or no longer. May wait for a disk."""
+        with self._name_lock(name):
+            record, current = self._served(name)
+            self._catalog.put(
+                replace(record, is_pinned=pinned), self._weights_of(current) if pinned else None
+            )
+        return self.entry(name)
+
+    def prefetch(self, name: str) -> AdapterEntry:
+        """Have a name's current weights in host memory once this returns, if there is room. May wait for a disk."""
+        _, current = self._served(name)
+        self._weights_of(current)
+        return self.entry(name)
+
+    def entry(self, name: str) -> AdapterEntry:
+        """One name. Raises ModelNotFound."""
+        record = self._catalog.record(name)
+        if record.state == "ABSENT":
+            raise self._not_found(name, near=name, param="name")
+        return self._as_seen(record)
 
     def list(self) -> tuple[AdapterEntry, ...]:
         """Every name with its state, in alphabetical order."""
-        with self._changed:
-            return tuple(_as_seen(self._entries[name]) for name in sorted(self._entries))
+        records = sorted(self._catalog.records(), key=lambda record: record.name)
+        return tuple(self._as_seen(record) for record in records if record.state != "ABSENT")
 
-    # Resolving and publishing: called with the lock held
+    def stats(self) -> RegistryStats:
+        states, host = self._catalog.num_by_state(), self._catalog.host_memory()
+        return RegistryStats(
+            num_ready=states["READY"],
+            num_failed=states["FAILED"],
+            host_bytes_total=host.max_bytes,
+            host_bytes=host.num_bytes,
+            num_host_hits=host.num_hits,
+            num_host_misses=host.num_misses,
+            num_host_evictions=host.num_evictions,
+            num_reads=self._reader.num_reads,
+            read_seconds=self._reader.seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Books balance. Only while nothing is being loaded."""
+        self._catalog.check_integrity()
+
+    # What the watcher asks (see `folders.FolderNames`)
+
+    def wants(self, found: Found) -> bool:
+        def expect(record: NameRecord) -> NameRecord:
+            if record.owner not in (None, "folder"):
+                return record
+            known = record.owner == "folder" and record.path == found.path
+            if known and record.signature == found.signature:
+                return record
+            is_loading = record.is_loading or record.state == "ABSENT"
+            return replace(record, owner="folder", path=found.path, root=found.root, is_loading=is_loading)
+
+        return self._catalog.update(found.name, expect)
+
+    def take(self, found: Found) -> None:
+        """Files that moved under the reader are left for the next poll."""
+        with self._name_lock(found.name):
+            result = self._reader.try_read(found.name, found.signature.real_path, found.root)
+            record = self._catalog.record(found.name)
+            if record.owner == "folder" and signature_of(found.path) == found.signature:
+                self._settle(replace(record, signature=found.signature), result)
+
+    def folder_names(self) -> dict[str, Path]:
+        return {
+            record.name: record.root
+            for record in self._catalog.records()
+            if record.owner == "folder" and record.root is not None
+        }
+
+    def folder_gone(self, name: str) -> None:
+        with self._name_lock(name):
+            record = self._catalog.record(name)
+            if record.owner == "folder":
+                self._catalog.put(record.absent().ownerless())
+
+    # Finding
 
     def _find(self, part: Part, model: str) -> Adapter:
-        entry = self._entries.get(part.name)
-        if entry is None:
+        record = self._catalog.record(part.name)
+        if record.state == "ABSENT":
             raise self._not_found(model, near=part.name)
-        if entry.current is None:
-            if entry.error is not None:
-                raise AdapterRefused(entry.error, param="model")
+        version = record.current_version
+        if version is None:
+            if record.error is not None:
+                raise AdapterRefused(record.error, param="model")
             raise Unavailable(f"the adapter {part.name!r} is still loading; try again in a moment")
-        if part.version is None or entry.current.id.digest.startswith(part.version):
-            return entry.current
-        adapter = self._versions.find(part.name, part.version)
+        if part.version is not None:
+            version = _version_of(record, part.version)
+        adapter = self._catalog.in_memory(version.id)
         if adapter is None:
-            raise ModelNotFound(
-                f"the adapter {part.name!r} has no version {part.version!r} here; its current version is"
-                f" {entry.current.id.digest[:12]!r}",
-                param="model",
+            raise BeingRead(
+                f"the weights of {part.name!r} are being read; try again in a moment",
+                done=self._reading(version),
             )
         return adapter
 
+    def _reading(self, version: Version) -> "Future[object]":
+        """The reading of a version that is under way, or a new one."""
+        with self._readings_lock:
+            done = self._readings.get(version.id)
+            if done is None:
+                try:
+                    done = self._readings[version.id] = self._pool.submit(self._read_again, version)
+                except RuntimeError as error:  # the pool is shut down
+                    raise Unavailable("the server is shutting down") from error
+            return done
+
+    def _read_again(self, version: Version) -> Adapter:
+        try:
+            return self._weights_of(version)
+        finally:
+            with self._readings_lock:
+                self._readings.pop(version.id, None)
+
+    def _weights_of(self, version: Version) -> Adapter:
+        """A version's weights, read again in this thread if they have left memory."""
+        adapter = self._catalog.in_memory(version.id)
+        if adapter is not None:
+            return adapter
+        try:
+            return self._catalog.keep(self._reader.read_version(version))
+        except AdapterRefused:
+            record = self._catalog.record(version.id.name)
+            if record.owner == "folder" and record.current == version.number and _has_moved(record):
+                # The watcher has yet to see it, or to see that it has stopped changing.
+                raise Unavailable(
+                    f"the folder of {record.name!r} has just changed; try again in a moment"
+                ) from None
+            raise
+
+    def _served(self, name: str) -> tuple[NameRecord, Version]:
+        record = self._catalog.record(name)
+        if record.current_version is None:
+            raise self._not_found(name, near=name, param="lora_name")
+        return record, record.current_version
+
     def _not_found(self, wanted: str, *, near: str, param: str = "model") -> ModelNotFound:
-        names = nearest_names(near, self._entries)
+        known = [record.name for record in self._catalog.records() if record.state != "ABSENT"]
+        names = nearest_names(near, known)
         exists = f"its adapters are {', '.join(names)}" if names else "no adapter is loaded"
-        if len(names) < len(self._entries):
-            exists += f" and {len(self._entries) - len(names)} more"
+        if len(names) < len(known):
+            exists += f" and {len(known) - len(names)} more"
         return ModelNotFound(
             f"the model {shown(wanted)} does not exist: the base is {self._spec.name!r}, and {exists}",
             param=param,
         )
 
-    def _publish(self, entry: _Entry, adapter: Adapter) -> Dropped:
+    def _as_seen(self, record: NameRecord) -> AdapterEntry:
+        version = record.current_version
+        return AdapterEntry(
+            name=record.name,
+            state=record.state,
+            id=version.id if version is not None else None,
+            path=record.path if record.path is not None else Path(),
+            error=record.error,
+            loaded_at=record.loaded_at,
+            num_bytes=version.num_bytes if version is not None else 0,
+            rank=version.rank if version is not None else 0,
+            targets=version.targets if version is not None else (),
+            owner=record.owner,
+            number=record.current,
+            previous=record.previous,
+            versions=tuple(record.versions[number] for number in sorted(record.versions)),
+            aliases=tuple(sorted(record.aliases.items())),
+            is_pinned=record.is_pinned,
+            in_host_memory=version is not None and self._catalog.is_in_memory(version.id),
+        )
+
+    # Changing: called with the name's lock held
+
+    def _name_lock(self, name: str) -> threading.Lock:
+        return self._name_locks[hash(name) % len(self._name_locks)]
+
+    def _settle(self, record: NameRecord, result: Adapter | str) -> None:
+        """End a reading in the background: serve what it gave, or keep the reason why it gave nothing."""
+        if isinstance(result, str):
+            _logger.warning("%s%s", result, " (the version before serves on)" if record.current else "")
+            self._catalog.put(replace(record, error=result, is_loading=False))
+        else:
+            self._publish(record, result)
+
+    def _publish(self, record: NameRecord, adapter: Adapter) -> None:
         """Make `adapter` what the name points to."""
-        previous = entry.current
-        entry.current, entry.error, entry.loaded_at = self._versions.add(adapter), None, time.time()
-        self._changed.notify_all()
-        _logger.info(
-            "adapter %s: version %s, %d bytes", entry.name, adapter.id.digest[:12], adapter.num_bytes
+        record = record.with_version(adapter, now=time.time())
+        self._catalog.put(record, adapter)
+        digest = adapter.id.digest[:12]
+        _logger.info("adapter %s: version %d, %s", record.name, record.current, digest)
+
+    # Starting with what was known before
+
+    def _restored(self, record: NameRecord) -> NameRecord:
+        """A record of the database as this process may use it."""
+        if record.root is not None and record.root not in self._reader.roots:
+            return record.absent().ownerless()
+        if record.error is not None:
+            # Perhaps what stood against it was a setting: look again.
+            return replace(record, signature=None, error=None, is_loading=record.current is None)
+        return record
+
+    def _reload(self, name: str) -> None:
+        """Read again what a caller loaded before the restart, since its files are others now."""
+        with self._name_lock(name):
+            record = self._catalog.record(name)
+            if record.owner == "runtime" and record.path is not None and record.root is not None:
+                signature = signature_of(record.path)
+                directory = record.path if signature is None else signature.real_path
+                result = self._reader.try_read(name, directory, record.root)
+                self._settle(replace(record, signature=signature), result)
+
+
+def _version_of(record: NameRecord, selector: str) -> Version:
+    version = record.find(selector)
+    if version is None or record.current is None:
+        current = record.versions[record.current].id.digest[:12] if record.current is not None else None
+        known = [str(number) for number in sorted(record.versions)] + sorted(record.aliases)
+        raise ModelNotFound(
+            f"the adapter {record.name!r} has no version {selector!r} here; its current version is"
+            f" {current!r}, number {record.current}, and it has {', '.join(known)}",
+            param="model",
         )
-        return self._let_go([] if previous is None else [previous.id])
-
-    def _adopt(self, entry: _Entry) -> _Entry:
-        """Put an entry under its name, taking over what is served there."""
-        previous = self._entries.get(entry.name)
-        if previous is not None:
-            entry.current, entry.loaded_at = previous.current, previous.loaded_at
-        self._entries[entry.name] = entry
-        return entry
-
-    def _remove(self, name: str) -> Dropped:
-        entry = self._entries.pop(name)
-        self._changed.notify_all()
-        return self._let_go([] if entry.current is None else [entry.current.id])
-
-    def _let_go(self, adapter_ids: Sequence[AdapterId]) -> Dropped:
-        return tuple(adapter_id for adapter_id in adapter_ids if self._versions.let_go(adapter_id))
-
-    # Called without the lock
-
-    def _release(self, adapter_ids: Sequence[AdapterId]) -> None:
-        with self._changed:
-            dropped = self._let_go(adapter_ids)
-        self._tell(dropped)
-
-    def _tell(self, dropped: Dropped) -> None:
-        for adapter_id in dropped:
-            self._on_drop(adapter_id)
-
-    # Loading
-
-    def _locate(self, path: str) -> tuple[Path, Path]:
-        """Where a requested path is and which root it is below; both as given, with links unfollowed.
-
-        A path that is not absolute counts from each root, then from where the daemon was started.
-        """
-        for root in self._roots:
-            for start in (root, Path.cwd()):
-                candidate = Path(os.path.normpath(start / path))
-                below = candidate.is_relative_to(root) or candidate.is_relative_to(root.resolve())
-                if below and candidate.is_dir():
-                    return candidate, root
-        raise InvalidRequest(f"{shown(path)} is no folder below the adapter directories", param="lora_path")
-
-    def _read(self, name: str, directory: Path, root: Path) -> Adapter:
-        adapter = read_adapter(
-            directory,
-            name=name,
-            spec=self._spec,
-            tokenizer=self._tokenizer,
-            base_fingerprint=self._base_fingerprint,
-            root=root,
-        )
-        self._check(adapter)
-        return adapter
-
-    def _load_found(self, entry: _Entry, found: Found) -> None:
-        """Background: read what the watcher found. Files that moved under the reader are left for the next poll."""
-        dropped: Dropped = ()
-        with self._name_locks[hash(found.name) % len(self._name_locks)]:
-            adapter, error = self._try_read(found)
-            whole = signature_of(found.path) == found.signature
-            with self._changed:
-                entry.in_flight = False
-                if self._entries.get(found.name) is entry and whole:
-                    entry.tried = found.signature
-                    if adapter is not None:
-                        dropped = self._publish(entry, adapter)
-                    else:
-                        entry.error = error
-                        self._changed.notify_all()
-                        _logger.warning(
-                            "%s%s", error, " (the version before serves on)" if entry.current else ""
-                        )
-        self._tell(dropped)
-
-    def _try_read(self, found: Found) -> tuple[Adapter | None, str | None]:
-        try:
-            return self._read(found.name, found.signature.real_path, found.root), None
-        except AdapterdError as error:
-            return None, error.message
-        except (
-            Exception
-        ) as error:  # a reader's bug must end in a FAILED entry, not in a name that loads for ever
-            _logger.exception("adapter %s: reading failed", found.name)
-            return None, f"adapter {found.name!r} could not be read: {type(error).__name__}: {error}"
-
-    def _watch(self) -> None:
-        seconds = self._poll_seconds
-        while not self._stopping.wait(seconds):
-            began = time.monotonic()
-            self._poll(first=False)
-            # Ten thousand folders on a slow disk take a while to look at; never spend more than a tenth on it.
-            seconds = max(self._poll_seconds, 10 * (time.monotonic() - began))
-
-    def _poll(self, *, first: bool) -> None:
-        result = scan(self._roots)
-        for problem in set(result.problems) - self._reported:
-            _logger.warning("%s", problem)
-        self._reported = set(result.problems)
-        dropped: Dropped = ()
-        with self._changed:
-            for found in result.found.values():
-                self._consider(found, first=first)
-            for entry in list(self._entries.values()):
-                if not entry.watched or entry.root in result.unreadable or entry.name in result.found:
-                    entry.polls_missing = 0
-                    continue
-                entry.polls_missing += 1
-                if entry.polls_missing >= _POLLS_UNTIL_GONE:
-                    _logger.info("adapter %s: its folder is gone", entry.name)
-                    dropped += self._remove(entry.name)
-        self._tell(dropped)
-
-    def _consider(self, found: Found, *, first: bool) -> None:
-        """Load a folder that is new or changed, once it has stopped changing or says itself that it is whole."""
-        if found.name in self._unloaded:
-            if self._unloaded[found.name] == found.signature:
-                return
-            del self._unloaded[found.name]
-        entry = self._entries.get(found.name)
-        if entry is None:
-            entry = self._adopt(_Entry(found.name, found.path, found.root, watched=True))
-        if not entry.watched or entry.in_flight or entry.tried == found.signature:
-            return
-        settled = first or found.signature.sealed or entry.seen == found.signature
-        entry.seen = found.signature
-        if settled and self._pool is not None:
-            entry.in_flight = True
-            self._pool.submit(self._load_found, entry, found)
+    return version
 
 
-def _as_seen(entry: _Entry) -> AdapterEntry:
-    adapter = entry.current
-    modules = adapter.modules if adapter is not None else ()
-    return AdapterEntry(
-        name=entry.name,
-        state=entry.state,
-        id=adapter.id if adapter is not None else None,
-        path=entry.path,
-        error=entry.error,
-        loaded_at=entry.loaded_at,
-        num_bytes=adapter.num_bytes if adapter is not None else 0,
-        rank=adapter.max_rank if adapter is not None else 0,
-        targets=tuple(sorted({matrices.module.rpartition(".")[2] for matrices in modules})),
+def _has_moved(record: NameRecord) -> bool:
+    return record.path is not None and (
+        record.signature is None or signature_of(record.path) != record.signature
     )

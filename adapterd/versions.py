@@ -1,8 +1,12 @@
-"""Which versions of adapters are in host memory, and who holds them. Bookkeeping only; the caller locks."""
+"""Which versions of adapters are in host memory, and who holds them. Bookkeeping only; the caller locks.
+
+A budget in bytes. What a lease holds or a pin keeps stays whatever it takes; of the rest the longest unused
+leaves first, to be read again when someone asks for it.
+"""
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
 from adapterd.adapter import Adapter
@@ -10,63 +14,113 @@ from adapterd.core import AdapterId
 from adapterd.errors import Unavailable
 
 
-@dataclass
-class _Version:
-    adapter: Adapter
-    num_holds: int
+class HostVersions:
+    """`max_bytes` None: no limit."""
 
-
-class VersionTable:
-    """Counted holds: one for each name that points to a version, one for each lease of it."""
-
-    def __init__(self) -> None:
-        self._versions: dict[AdapterId, _Version] = {}
-        # Versions that nothing holds but that a resolved request may still be about to lease.
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[AdapterId, Adapter] = OrderedDict()  # longest unused first
+        self._held: dict[AdapterId, tuple[Adapter, int]] = {}
+        self._pinned: frozenset[AdapterId] = frozenset()
+        # Versions that have left, but that a resolved request may still be about to lease.
         self._alive: WeakValueDictionary[AdapterId, Adapter] = WeakValueDictionary()
+        self.num_hits = 0
+        self.num_misses = 0
+        self.num_evictions = 0
+        self.num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._versions)
+        return len(self._kept.keys() | self._held.keys())
+
+    def __contains__(self, adapter_id: AdapterId) -> bool:
+        return adapter_id in self._kept or adapter_id in self._held
 
     def __getitem__(self, adapter_id: AdapterId) -> Adapter:
         """A held version; KeyError if nobody holds it."""
-        return self._versions[adapter_id].adapter
+        return self._held[adapter_id][0]
 
     def add(self, adapter: Adapter) -> Adapter:
-        """Hold a version that was just read; the copy already here, if the content is known."""
-        version = self._versions.get(adapter.id)
-        if version is None:
-            version = self._versions[adapter.id] = _Version(adapter, 0)
+        """Keep a version that was just read; the copy already here, if the content is known."""
+        known = self._find(adapter.id)
+        if known is None:
+            known = adapter
             self._alive[adapter.id] = adapter
-        version.num_holds += 1
-        return version.adapter
+            self.num_bytes += adapter.num_bytes
+        elif adapter.id not in self._kept and adapter.id not in self._held:
+            self.num_bytes += known.num_bytes
+        self._kept[adapter.id] = known
+        self._kept.move_to_end(adapter.id)
+        self._evict(spare=adapter.id)
+        return known
+
+    def get(self, adapter_id: AdapterId) -> Adapter | None:
+        """A version in memory, now the last used; None counts as a miss."""
+        adapter = self._find(adapter_id)
+        if adapter is None:
+            self.num_misses += 1
+            return None
+        self.num_hits += 1
+        return self.add(adapter)
 
     def hold(self, adapter_id: AdapterId) -> None:
         """Hold a version once more. Raises Unavailable if it has gone and nobody looks at it any more."""
-        version = self._versions.get(adapter_id)
-        if version is None:
-            adapter = self._alive.get(adapter_id)
-            if adapter is None:
-                raise Unavailable(
-                    f"this version of {adapter_id.name!r} was just replaced; send the request again"
-                )
-            version = self._versions[adapter_id] = _Version(adapter, 0)
-        version.num_holds += 1
+        adapter = self._find(adapter_id)
+        if adapter is None:
+            raise Unavailable(
+                f"this version of {adapter_id.name!r} was just replaced; send the request again"
+            )
+        if adapter_id not in self:
+            self.num_bytes += adapter.num_bytes
+        _, count = self._held.get(adapter_id, (adapter, 0))
+        self._held[adapter_id] = adapter, count + 1
 
     def let_go(self, adapter_id: AdapterId) -> bool:
-        """Give one hold back; whether it was the last, so that the version has left."""
-        version = self._versions[adapter_id]
-        version.num_holds -= 1
-        if version.num_holds:
+        """Give one hold back; whether it was the last."""
+        adapter, count = self._held.pop(adapter_id)
+        if count > 1:
+            self._held[adapter_id] = adapter, count - 1
             return False
-        del self._versions[adapter_id]
+        if adapter_id not in self._kept:
+            self.num_bytes -= adapter.num_bytes
+        self._evict()
         return True
 
-    def find(self, name: str, digest_prefix: str) -> Adapter | None:
-        """A held version that was read under `name`, by the beginning of its digest."""
-        for adapter_id, version in self._versions.items():
-            if adapter_id.name == name and adapter_id.digest.startswith(digest_prefix):
-                return version.adapter
-        return None
+    def is_held(self, adapter_id: AdapterId) -> bool:
+        return adapter_id in self._held
+
+    def discard(self, adapter_id: AdapterId) -> int:
+        """Keep a version no longer than it is held; the bytes that are free at once."""
+        adapter = self._kept.pop(adapter_id, None)
+        if adapter is None or adapter_id in self._held:
+            return 0
+        self.num_bytes -= adapter.num_bytes
+        return adapter.num_bytes
+
+    def pin(self, adapter_ids: Iterable[AdapterId]) -> None:
+        """From now on these are never evicted, and those pinned before may be."""
+        self._pinned = frozenset(adapter_ids)
+        self._evict()
+
+    def check_integrity(self) -> None:
+        """The bytes counted are those of what is here."""
+        here = {**self._kept, **{adapter_id: adapter for adapter_id, (adapter, _) in self._held.items()}}
+        assert self.num_bytes == sum(adapter.num_bytes for adapter in here.values())
+
+    def _find(self, adapter_id: AdapterId) -> Adapter | None:
+        if adapter_id in self._held:
+            return self._held[adapter_id][0]
+        return self._kept.get(adapter_id) or self._alive.get(adapter_id)
+
+    def _evict(self, spare: AdapterId | None = None) -> None:
+        """Down to the budget, as far as nothing stands against it. `spare` was just read for someone."""
+        if self.max_bytes is None:
+            return
+        for adapter_id in list(self._kept):
+            if self.num_bytes <= self.max_bytes:
+                return
+            if adapter_id not in self._held and adapter_id not in self._pinned and adapter_id != spare:
+                self.discard(adapter_id)
+                self.num_evictions += 1
 
 
 class Lease:

@@ -28,6 +28,7 @@ class OfflineSettings:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_queue: int = 1024
+    host_memory: int | None = None
     kernels: KernelName = "auto"
 
 

@@ -71,6 +71,7 @@ def test_report_holds_what_base_and_adapter_really_answer(told: Told, tmp_path: 
         rows = read_rows(tmp_path / "adapters" / result["adapter"] / "heldout.jsonl")
         for arm, model in (("base", "base"), ("adapter", result["adapter"])):
             resolved = daemon.registry.resolve(model)
+            lease = daemon.registry.lease(resolved.mix)
             answers = []
             for row in rows:
                 request = Request(
@@ -84,6 +85,7 @@ def test_report_holds_what_base_and_adapter_really_answer(told: Told, tmp_path: 
                 one = daemon.generate([request])[RequestId("alone"), 0]
                 stopped = one.finish_reason == "stop"
                 answers.append(Answer("", row.answer, one.text, len(one.token_ids), stopped, row.tags))
+            lease.release()
             assert [a[arm] for a in result["answers"]] == [a.text for a in answers]
             expected = score(answers)
             measured = result[f"{arm}_scores"]

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapterd.core import EngineStats, Output, Request, RequestId, SamplingParams
 from adapterd.metrics import MAX_ADAPTER_LABELS, SERIES, Metrics
-from tests.server.fakes import STATS
+from tests.server.fakes import REGISTRY_STATS, STATS
 
 REQUEST = Request(RequestId("a"), (1, 2, 3), SamplingParams(max_tokens=5), (), frozenset(), 0.0, 2)
 
@@ -28,7 +28,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("tiny", lambda: STATS)
+    return Metrics("tiny", lambda: STATS, lambda: REGISTRY_STATS)
 
 
 def test_every_declared_series_is_there_from_the_first_scrape(metrics: Metrics) -> None:
@@ -49,9 +49,16 @@ def test_the_three_gauges_of_the_endpoint_picker_are_one_series_each(metrics: Me
         assert lines == [f'vllm:{name}{{model_name="tiny"}} {value}']
 
 
+def test_the_registrys_counters_are_there(metrics: Metrics) -> None:
+    seen = samples(metrics)
+    assert seen["adapterd_host_adapter_bytes", ("tiny",)] == 100
+    assert seen["adapterd_host_adapter_misses_total", ("tiny",)] == 1
+    assert seen["adapterd_adapter_read_seconds_total", ("tiny",)] == 0.25
+
+
 def test_residency_is_one_series_under_both_spellings_and_moves_when_it_changes() -> None:
     stats, now = STATS, 0.0
-    metrics = Metrics("tiny", lambda: stats, clock=lambda: now)
+    metrics = Metrics("tiny", lambda: stats, lambda: REGISTRY_STATS, clock=lambda: now)
     labels = ("20", "tiny:support,support", "")
     first = samples(metrics)["vllm:lora_requests_info", labels]
     stats = replace(STATS, resident=(), adapter_bytes_resident=0)
@@ -85,7 +92,7 @@ def test_a_request_counts_once_by_how_it_ended(metrics: Metrics, outputs: list[O
 
 def test_first_token_and_gaps_are_timed() -> None:
     now = 10.0
-    metrics = Metrics("tiny", lambda: STATS, clock=lambda: now)
+    metrics = Metrics("tiny", lambda: STATS, lambda: REGISTRY_STATS, clock=lambda: now)
     record = metrics.record((), [replace(REQUEST, arrival_seconds=9.0)])
     record.observe(output(0))
     now = 10.5
@@ -112,7 +119,7 @@ def test_a_scrape_soon_after_another_costs_nothing() -> None:
         return STATS
 
     stats: Callable[[], EngineStats] = counted
-    metrics = Metrics("tiny", stats)
+    metrics = Metrics("tiny", stats, lambda: REGISTRY_STATS)
     before = len(calls)
     assert metrics.render() is metrics.render()
     assert len(calls) == before + 1

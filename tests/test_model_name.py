@@ -28,6 +28,11 @@ def test_versions_and_weights() -> None:
     )
 
 
+@pytest.mark.parametrize("version", ["1", "12345", "stable", "canary-2", "v1.2", "3fa94c"])
+def test_a_version_is_a_number_an_alias_or_the_beginning_of_a_digest(version: str) -> None:
+    assert parse_model_name(f"mini:sql@{version}", base_name="mini") == (Part("sql", version, 1.0),)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -37,7 +42,7 @@ def test_versions_and_weights() -> None:
             "mini:a+",
             "mini:.a",
             "mini:a@",
-            "mini:a@XYZ123",
+            "mini:a@.x",
             "Mini:support",
             "mini:support ",
             "mini::a",
@@ -63,7 +68,8 @@ def test_what_can_be_no_name_is_not_found(model: str) -> None:
         "a*1e3",
         "a*1001",
         "a*0.5*0.5",
-        "a@12345",
+        "a@abcde",
+        "a@0",
         "+".join("abcdefghi"),
     ],
 )

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from adapterd.adapter import Adapter
 from adapterd.adapter_writer import write_adapter
 from adapterd.core import AdapterId, BaseSpec
+from adapterd.database import Database
 from adapterd.errors import (
     AdapterdError,
     AdapterRefused,
+    BeingRead,
     ConfigError,
     Conflict,
     InvalidRequest,
@@ -47,8 +50,11 @@ def write(directory: Path, value: float, *, sealed: bool = True) -> Path:
 
 
 def value_of(registry: AdapterRegistry, model: str) -> float:
-    ((adapter_id, _),) = registry.resolve(model).mix
+    resolved = registry.resolve_waiting(model, 10)
+    lease = registry.lease(resolved.mix)
+    ((adapter_id, _),) = resolved.mix
     matrices = registry.weights(adapter_id).modules[0]
+    lease.release()
     values = {*matrices.a.unique().tolist(), *matrices.b.unique().tolist()}
     assert len(values) == 1, f"a mix of two versions: {values}"
     return float(values.pop())
@@ -285,8 +291,11 @@ def test_load_serves_from_its_return_on(root: Path, make: Callable[..., AdapterR
     directory = write(root / "nested" / "v1", 1.0)
     assert registry.load("a", directory, inplace=False).name == "a"
     assert value_of(registry, "a") == 1.0
+    registry.load("a", directory, inplace=False)
+    write(directory, 5.0)
     with pytest.raises(Conflict, match="load_inplace"):
         registry.load("a", directory, inplace=False)
+    assert value_of(registry, "a") == 1.0
     for value in (2.0, 3.0, 4.0):
         write(directory, value)
         registry.load("a", "nested/v1", inplace=True)
@@ -343,6 +352,249 @@ def test_refused_by_the_check_is_failed(root: Path, make: Callable[..., AdapterR
     with pytest.raises(AdapterRefused, match="more memory"):
         registry.load("b", root / "a", inplace=False)
     assert [entry.state for entry in registry.list()] == ["FAILED"]
+
+
+def test_numbers_aliases_and_digests_name_versions(root: Path, make: Callable[..., AdapterRegistry]) -> None:
+    registry = make()
+    for value in (1.0, 2.0, 3.0):
+        registry.load("a", write(root / "v" / str(value), value), inplace=True)
+    registry.alias("a", "stable", "1")
+    registry.alias("a", "canary")
+    assert [value_of(registry, f"mini:a@{v}") for v in ("1", "2", "3", "stable", "canary")] == [1, 2, 3, 1, 3]
+    digest = registry.resolve("a@2").digest
+    assert value_of(registry, f"a@{digest[:6]}") == 2.0
+    registry.alias("a", "stable", "2")
+    assert value_of(registry, "mini:a@stable") == 2.0
+    registry.unalias("a", "canary")
+    for model in ("a@canary", "a@4", "a@ffffff"):
+        with pytest.raises(ModelNotFound, match=r"has no version .* number 3, and it has 1, 2, 3, stable"):
+            registry.resolve(model)
+    for refused in ("a@canary", "canary"):
+        with pytest.raises(AdapterdError):
+            registry.unalias("a", refused)
+
+
+def test_rollback_returns_to_the_version_before_and_forth(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    registry = make()
+    for value in (1.0, 2.0, 3.0):
+        registry.load("a", write(root / "v" / str(value), value), inplace=True)
+    assert registry.rollback("a").number == 2
+    assert value_of(registry, "a") == 2.0
+    assert registry.rollback("a").number == 3
+    assert registry.rollback("a", "1").number == 1
+    assert value_of(registry, "a") == 1.0
+    with pytest.raises(ModelNotFound, match="no version '9'"):
+        registry.rollback("a", "9")
+    with pytest.raises(ModelNotFound, match="does not exist"):
+        registry.rollback("b")
+
+
+def test_rollback_without_a_version_before_is_a_conflict(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    write(root / "a", 1.0)
+    registry = make()
+    with pytest.raises(Conflict, match="no version before 1"):
+        registry.rollback("a")
+
+
+def test_rolled_back_folder_takes_effect_again_when_it_changes(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    write(root / "a", 1.0)
+    registry = make()
+    write(root / "a", 2.0)
+    until(lambda: value_of(registry, "a") == 2.0)
+    registry.rollback("a")
+    time.sleep(0.1)
+    assert value_of(registry, "a") == 1.0
+    write(root / "a", 3.0)
+    until(lambda: value_of(registry, "a") == 3.0)
+
+
+def test_alias_is_never_between_two_versions(root: Path, make: Callable[..., AdapterRegistry]) -> None:
+    registry = make()
+    for value in (1.0, 2.0):
+        registry.load("a", write(root / "v" / str(value), value), inplace=True)
+    registry.alias("a", "stable", "1")
+    done = threading.Event()
+
+    def move() -> None:
+        for turn in range(300):
+            registry.alias("a", "stable", str(1 + turn % 2))
+        done.set()
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    seen = {value_of(registry, "a@stable")}
+    while not done.is_set():
+        seen.add(value_of(registry, "a@stable"))
+    thread.join()
+    assert seen <= {1.0, 2.0}
+    registry.check_integrity()
+
+
+def test_aliased_version_is_not_dropped(
+    root: Path, make: Callable[..., AdapterRegistry], dropped: list[AdapterId]
+) -> None:
+    registry = make()
+    first = registry.load("a", write(root / "v" / "1", 1.0), inplace=True)
+    registry.alias("a", "stable")
+    registry.load("a", write(root / "v" / "2", 2.0), inplace=True)
+    assert dropped == []
+    registry.alias("a", "stable")
+    assert dropped == [first]
+
+
+def test_weights_that_left_memory_are_read_again(root: Path, make: Callable[..., AdapterRegistry]) -> None:
+    for number in range(20):
+        write(root / f"n{number}", float(number + 1))
+    registry = make(host_bytes=3 * 128)
+    assert registry.stats().host_bytes <= 3 * 128
+    assert [value_of(registry, f"n{number}") for number in range(20)] == [float(n + 1) for n in range(20)]
+    stats = registry.stats()
+    assert (stats.num_ready, stats.host_bytes <= 3 * 128, stats.num_host_misses > 0) == (20, True, True)
+    registry.check_integrity()
+
+
+def test_what_has_to_be_read_first_says_so_and_does_not_wait(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    for name in ("a", "b"):
+        write(root / name, 1.0 if name == "a" else 2.0)
+    registry = make(host_bytes=1)
+    gone = next(entry.name for entry in registry.list() if not entry.in_host_memory)
+    with pytest.raises(BeingRead) as reading:
+        registry.resolve(gone)
+    assert reading.value.status == 503
+    assert reading.value.done.result(10) is not None
+    assert registry.resolve(gone).adapter_names == (gone,)
+
+
+def test_pinned_adapter_stays_in_memory_through_its_versions(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    write(root / "a", 1.0)
+    registry = make(host_bytes=1)
+    registry.pin("a")
+    for number in range(5):
+        write(root / f"n{number}", 2.0 + number)
+    until(lambda: registry.stats().num_ready == 6)
+    assert registry.entry("a").in_host_memory
+    write(root / "a", 9.0)
+    until(lambda: registry.entry("a").number == 2)
+    registry.prefetch("n1")
+    assert registry.entry("a").in_host_memory
+    registry.pin("a", pinned=False)
+    registry.prefetch("n2")
+    assert not registry.entry("a").in_host_memory
+
+
+def test_version_whose_folder_was_overwritten_is_never_taken_for_the_new_one(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    write(root / "a", 1.0)
+    registry = make(host_bytes=1)
+    write(root / "a", 2.0)
+    until(lambda: registry.entry("a").number == 2)
+    with pytest.raises(AdapterRefused, match="version 1 of 'a' is gone"):
+        registry.resolve_waiting("a@1", 10)
+    with pytest.raises(AdapterRefused, match="version 1 of 'a' is gone"):
+        registry.rollback("a")
+    assert value_of(registry, "a") == 2.0
+
+
+def test_folder_that_changed_while_its_weights_were_away_is_on_its_way_not_wrong(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    write(root / "a", 1.0)
+    registry = make(host_bytes=1, poll_seconds=0.2)
+    registry.load("b", write(root / "nested" / "b", 5.0), inplace=False)
+    assert not registry.entry("a").in_host_memory
+    write(root / "a", 2.0)
+    with pytest.raises(Unavailable, match="has just changed"):
+        registry.resolve_waiting("a", 10)
+    until(lambda: registry.entry("a").number == 2)
+    assert value_of(registry, "a") == 2.0
+
+
+def test_restart_knows_names_versions_aliases_and_pins_and_reads_nothing(
+    root: Path, make: Callable[..., AdapterRegistry], tmp_path: Path
+) -> None:
+    for value in (1.0, 2.0):
+        write(root / ".v" / str(value), value)
+    write(root / "c", 7.0)
+    (root / "a").symlink_to(root / ".v" / "1.0")
+    registry = make(database=Database(tmp_path / "state"))
+    (root / ".next").symlink_to(root / ".v" / "2.0")
+    (root / ".next").rename(root / "a")
+    until(lambda: registry.entry("a").number == 2)
+    registry.alias("a", "stable", "1")
+    registry.pin("a")
+    registry.load("b", root / ".v" / "2.0", inplace=False)
+    before = registry.list()
+    registry.stop()
+
+    again = make(database=Database(tmp_path / "state"))
+    assert [replace(entry, in_host_memory=True) for entry in again.list()] == list(before)
+    assert again.stats().num_reads == 0
+    assert [value_of(again, m) for m in ("a", "a@stable", "a@2", "b", "c")] == [2.0, 1.0, 2.0, 2.0, 7.0]
+
+
+def test_restart_sees_what_changed_meanwhile(
+    root: Path, make: Callable[..., AdapterRegistry], tmp_path: Path
+) -> None:
+    for name in ("changed", "gone", "rolled-back", "unloaded"):
+        write(root / name, 1.0)
+    write(root / "nested" / "loaded", 1.0)
+    registry = make(database=Database(tmp_path / "state"))
+    write(root / "rolled-back", 2.0)
+    until(lambda: registry.entry("rolled-back").number == 2)
+    registry.rollback("rolled-back")
+    registry.unload("unloaded")
+    registry.load("loaded", "nested/loaded", inplace=False)
+    registry.stop()
+    write(root / "changed", 3.0)
+    write(root / "nested" / "loaded", 4.0)
+    shutil.rmtree(root / "gone")
+
+    again = make(database=Database(tmp_path / "state"))
+    until(lambda: again.entry("changed").number == again.entry("loaded").number == 2)
+    assert (value_of(again, "changed"), value_of(again, "loaded")) == (3.0, 4.0)
+    until(lambda: entry_of(again, "gone") is None)
+    assert entry_of(again, "unloaded") is None
+    # What it was rolled back to was overwritten, and is not taken for what lies there now.
+    assert again.entry("rolled-back").number == 1
+    with pytest.raises(AdapterRefused, match="version 1 of 'rolled-back' is gone"):
+        again.resolve_waiting("rolled-back", 10)
+
+
+def test_restart_with_other_directories_forgets_what_was_below_the_old_ones(
+    root: Path, make: Callable[..., AdapterRegistry], tmp_path: Path
+) -> None:
+    write(root / "a", 1.0)
+    make(database=Database(tmp_path / "state")).stop()
+    other = tmp_path / "other"
+    write(other / "b", 2.0)
+    again = make(roots=[other], database=Database(tmp_path / "state"))
+    assert [entry.name for entry in again.list()] == ["b"]
+
+
+def test_refused_folder_is_looked_at_again_after_a_restart(
+    root: Path, make: Callable[..., AdapterRegistry], tmp_path: Path
+) -> None:
+    """The reason may have been a setting that is another one by now."""
+
+    def too_large(adapter: Adapter) -> None:
+        raise AdapterRefused("more memory than there is")
+
+    write(root / "a", 1.0)
+    refusing = make(check=too_large, database=Database(tmp_path / "state"))
+    assert refusing.entry("a").state == "FAILED"
+    refusing.stop()
+    assert value_of(make(database=Database(tmp_path / "state")), "a") == 1.0
 
 
 def test_missing_directory_is_a_config_error(root: Path, make: Callable[..., AdapterRegistry]) -> None:
@@ -404,7 +656,8 @@ def test_storm_of_loads_unloads_and_requests_leaks_nothing(
     assert failures == []
     for entry in registry.list():
         registry.unload(entry.name)
-    assert len(registry._versions) == 0
+    registry.check_integrity()
+    assert registry.stats().host_bytes == 0
     assert dropped
 
 

@@ -1,6 +1,6 @@
-"""Loading and unloading adapters at run time, in vLLM's shapes: its paths, bodies, sentences and error types.
+"""Loading and unloading adapters at run time as other servers do it: their paths, bodies, sentences, error types.
 
-Controllers of several projects call these and read the status, the sentence, or `type` at the top level of an
+Controllers of several projects call vLLM's and read the status, the sentence, or `type` at the top level of an
 error, where older versions of vLLM had it; so errors carry it in both places.
 """
 
@@ -12,12 +12,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from adapterd.errors import AdapterdError, Conflict, ModelNotFound
 from adapterd.server.body import read_json
 from adapterd.server.envelope import envelope
-from adapterd.server.protocol import LoadAdapterRequest, UnloadAdapterRequest
+from adapterd.server.protocol import (
+    LoadAdapterRequest,
+    SglangLoadRequest,
+    SglangUnloadRequest,
+    UnloadAdapterRequest,
+)
 from adapterd.server.state import ServerState
 from adapterd.server.validation import validate
 
 
-class RuntimeAdapters:
+class VllmAdapters:
     def __init__(self, state: ServerState) -> None:
         self._registry = state.daemon.registry
 
@@ -51,6 +56,39 @@ class RuntimeAdapters:
         except ModelNotFound:
             return _refuse(404, f"The lora adapter '{body.lora_name}' cannot be found.")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+class SglangAdapters:
+    """SGLang's answer is JSON with `success`, and with what is loaded by then."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._registry = state.daemon.registry
+
+    async def load(self, request: Request) -> Response:
+        """A name that serves other content is refused: SGLang unloads first."""
+        body = validate(SglangLoadRequest, await read_json(request))
+        try:
+            await asyncio.to_thread(self._registry.load, body.lora_name, body.lora_path, inplace=False)
+            if body.pinned:
+                await asyncio.to_thread(self._registry.pin, body.lora_name)
+        except AdapterdError as error:
+            return self._failed(error)
+        return self._loaded()
+
+    async def unload(self, request: Request) -> Response:
+        body = validate(SglangUnloadRequest, await read_json(request))
+        try:
+            await asyncio.to_thread(self._registry.unload, body.lora_name)
+        except AdapterdError as error:
+            return self._failed(error)
+        return self._loaded()
+
+    def _loaded(self) -> Response:
+        loaded = {entry.name: str(entry.path) for entry in self._registry.list() if entry.id is not None}
+        return JSONResponse({"success": True, "loaded_adapters": loaded})
+
+    def _failed(self, error: AdapterdError) -> Response:
+        return JSONResponse({"success": False, "error_message": error.message}, status_code=400)
 
 
 def _refuse(status: int, message: str, error: AdapterdError | None = None) -> Response:

@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapterd.server.adapters import RuntimeAdapters
+from adapterd.server.adapters import SglangAdapters, VllmAdapters
 from adapterd.server.auth import ApiKeys
 from adapterd.server.envelope import EXCEPTION_HANDLERS
 from adapterd.server.generate import CHAT, COMPLETIONS, Generate
@@ -45,7 +45,8 @@ def create_app(
 
 
 def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
-    health, models, adapters = Health(state), Models(state), RuntimeAdapters(state)
+    health, models = Health(state), Models(state)
+    vllm, sglang = VllmAdapters(state), SglangAdapters(state)
     served: list[BaseRoute] = [
         Route("/v1/chat/completions", Generate(state, CHAT), methods=["POST"]),
         Route("/v1/completions", Generate(state, COMPLETIONS), methods=["POST"]),
@@ -60,8 +61,10 @@ def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRout
     ]
     if allow_runtime_adapters:
         served += [
-            Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+            Route("/v1/load_lora_adapter", vllm.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", vllm.unload, methods=["POST"]),
+            Route("/load_lora_adapter", sglang.load, methods=["POST"]),
+            Route("/unload_lora_adapter", sglang.unload, methods=["POST"]),
         ]
     return served
 

@@ -76,7 +76,7 @@ class Generate(Generic[B]):
     async def _respond(self, body: B, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_seconds = time.monotonic()
         daemon = self._state.daemon
-        resolved = daemon.registry.resolve(body.model)
+        resolved = await self._state.resolve(body.model)
         with ExitStack() as held:
             lease = daemon.registry.lease(resolved.mix)
             held.callback(lease.release)

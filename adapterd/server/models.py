@@ -22,7 +22,7 @@ class Models:
     async def one(self, request: Request) -> Response:
         """Any spelling that a request's `model` may have. Raises ModelNotFound."""
         registry = self._state.daemon.registry
-        resolved = registry.resolve(request.path_params["model"])
+        resolved = await self._state.resolve(request.path_params["model"])
         card = self._base_card()
         if resolved.mix:
             entry = next((e for e in registry.list() if e.name == resolved.adapter_names[0]), None)

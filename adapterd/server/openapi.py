@@ -11,6 +11,8 @@ from adapterd.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     LoadAdapterRequest,
+    SglangLoadRequest,
+    SglangUnloadRequest,
     UnloadAdapterRequest,
 )
 from adapterd.server.responses import (
@@ -39,6 +41,8 @@ OPERATIONS: tuple[tuple[str, str, str, Any, Any, Any], ...] = (
     ("/v1/models/{model}", "get", "One of them", None, ModelCard, None),
     ("/v1/load_lora_adapter", "post", "Load an adapter (if allowed)", LoadAdapterRequest, None, None),
     ("/v1/unload_lora_adapter", "post", "Unload an adapter (if allowed)", UnloadAdapterRequest, None, None),
+    ("/load_lora_adapter", "post", "The same in SGLang's words", SglangLoadRequest, None, None),
+    ("/unload_lora_adapter", "post", "The same in SGLang's words", SglangUnloadRequest, None, None),
     ("/health", "get", "Ready to serve", None, None, None),
     ("/livez", "get", "Alive", None, None, None),
     ("/readyz", "get", "Ready to serve", None, None, None),

@@ -251,6 +251,22 @@ class UnloadAdapterRequest(Body):
     lora_int_id: int | None = None
 
 
+class SglangLoadRequest(Body):
+    """SGLang's body for the same."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+
+
+class SglangUnloadRequest(Body):
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str
+
+
 UNSUPPORTED: dict[str, str] = {
     "allowed_token_ids": "use logit_bias",
     "audio": "answers are text",

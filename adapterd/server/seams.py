@@ -3,7 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from adapterd.core import AdapterId, AdapterMix, BaseSpec, EngineStats, Output, Request, RequestId
+from adapterd.core import (
+    AdapterId,
+    AdapterMix,
+    BaseSpec,
+    EngineStats,
+    Output,
+    RegistryStats,
+    Request,
+    RequestId,
+)
 
 
 class Engine(Protocol):
@@ -63,7 +72,9 @@ class Registry(Protocol):
     def lease(self, mix: AdapterMix) -> Lease: ...
     def load(self, name: str, path: str, *, inplace: bool) -> AdapterId: ...
     def unload(self, name: str) -> AdapterId: ...
+    def pin(self, name: str, *, pinned: bool = True) -> AdapterEntry: ...
     def list(self) -> Sequence[AdapterEntry]: ...
+    def stats(self) -> RegistryStats: ...
 
 
 class Renderer(Protocol):

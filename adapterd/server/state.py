@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
-from adapterd.errors import Unavailable
+from adapterd.errors import BeingRead, Unavailable
 from adapterd.metrics import Metrics
 from adapterd.server.render_pool import RenderPool
-from adapterd.server.seams import Daemon
+from adapterd.server.seams import Daemon, ResolvedModel
 from adapterd.server.streams import OutputStreams
 
 DRAIN_RETRY_SECONDS = 5
+READING_SECONDS = 30.0
+"""How long a request waits for weights that have to be read first."""
 
 
 class Drain:
@@ -47,13 +49,29 @@ class ServerState:
     def __init__(self, daemon: Daemon, *, max_queue: int = 1024) -> None:
         self.daemon = daemon
         self.spec = replace(daemon.spec, max_model_len=daemon.engine.max_model_len)
-        self.metrics = Metrics(daemon.spec.name, daemon.engine.stats)
+        self.metrics = Metrics(daemon.spec.name, daemon.engine.stats, daemon.registry.stats)
         self.drain = Drain()
         self.created_unix = int(time.time())
         self.streams: OutputStreams
         self.render_pool: RenderPool
         self._max_queue = max_queue
         self._has_loaded = False
+
+    async def resolve(self, model: str) -> ResolvedModel:
+        """What `model` names now; waits, off the engine's thread and for a bounded time, where weights are read."""
+        deadline_seconds = time.monotonic() + READING_SECONDS
+        while True:
+            try:
+                return self.daemon.registry.resolve(model)
+            except BeingRead as reading:
+                # Shielded, for others wait for the same reading. The result is held until it is resolved, since
+                # host memory may be too small to keep it for nobody.
+                done = asyncio.shield(asyncio.wrap_future(reading.done))
+                try:
+                    kept = await asyncio.wait_for(done, deadline_seconds - time.monotonic())
+                except TimeoutError:
+                    raise reading from None
+                assert kept is not None
 
     def model_names(self) -> list[str]:
         """The base, then the adapters that are ready, as a request's `model` says them."""

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from adapterd.core import (
@@ -12,11 +13,12 @@ from adapterd.core import (
     BaseSpec,
     EngineStats,
     Output,
+    RegistryStats,
     Request,
     RequestId,
     TokenLogprobs,
 )
-from adapterd.errors import AdapterRefused, Conflict, InvalidRequest, ModelNotFound
+from adapterd.errors import AdapterRefused, BeingRead, Conflict, InvalidRequest, ModelNotFound
 
 ANSWER = "Grüße!"
 SUPPORT = AdapterId(AdapterDigest("5a" * 32), "support")
@@ -52,6 +54,19 @@ STATS = EngineStats(
     num_evictions=0,
     heartbeat_seconds=0.0,
     failed=None,
+)
+
+
+REGISTRY_STATS = RegistryStats(
+    num_ready=1,
+    num_failed=0,
+    host_bytes_total=1000,
+    host_bytes=100,
+    num_host_hits=4,
+    num_host_misses=1,
+    num_host_evictions=0,
+    num_reads=1,
+    read_seconds=0.25,
 )
 
 
@@ -95,6 +110,7 @@ class FakeEntry:
     id: AdapterId | None = SUPPORT
     path: str = "adapters/support"
     loaded_at: float | None = 1700000000.0
+    is_pinned: bool = False
 
 
 class FakeLease:
@@ -112,6 +128,8 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.entries = {"support": FakeEntry("support")}
         self.leases: list[FakeLease] = []
+        self.readings: list[Future[object]] = []
+        """While it holds one, weights have to be read first; each is waited for once."""
 
     def start(self) -> None: ...
 
@@ -120,6 +138,8 @@ class FakeRegistry:
     def resolve(self, model: str) -> FakeResolved:
         if model in ("tiny", "base"):
             return FakeResolved()
+        if self.readings:
+            raise BeingRead("the weights are being read", done=self.readings.pop())
         name = model.removeprefix("tiny:")
         if name not in self.entries:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
@@ -150,6 +170,13 @@ class FakeRegistry:
         if self.entries.pop(name, None) is None:
             raise ModelNotFound(f"no adapter {name}")
         return SUPPORT
+
+    def pin(self, name: str, *, pinned: bool = True) -> FakeEntry:
+        self.entries[name] = replace(self.entries[name], is_pinned=pinned)
+        return self.entries[name]
+
+    def stats(self) -> RegistryStats:
+        return REGISTRY_STATS
 
     def list(self) -> Sequence[FakeEntry]:
         return tuple(self.entries.values())

@@ -5,8 +5,10 @@ import pytest
 
 from adapterd.server.state import ServerState
 from tests.server.conftest import asking
+from tests.server.fakes import FakeDaemon
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+SGLANG_LOAD, SGLANG_UNLOAD = "/load_lora_adapter", "/unload_lora_adapter"
 
 
 @pytest.mark.anyio
@@ -55,9 +57,24 @@ async def test_load_inplace_replaces(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.anyio
-async def test_both_are_404_unless_allowed(state: ServerState) -> None:
+async def test_sglangs_calls_answer_in_its_words(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+    body = {"lora_name": "new", "lora_path": "new", "pinned": True, "added_tokens_config": None}
+    response = await client.post(SGLANG_LOAD, json=body)
+    loaded = {"support": "adapters/support", "new": "new"}
+    assert (response.status_code, response.json()) == (200, {"success": True, "loaded_adapters": loaded})
+    assert daemon.registry.entries["new"].is_pinned
+    response = await client.post(SGLANG_UNLOAD, json={"lora_name": "new"})
+    assert response.json() == {"success": True, "loaded_adapters": {"support": "adapters/support"}}
+    for path in (SGLANG_LOAD, SGLANG_UNLOAD):
+        response = await client.post(path, json={"lora_name": "nobody", "lora_path": "missing"})
+        assert (response.status_code, response.json()["success"]) == (400, False)
+        assert response.json()["error_message"]
+
+
+@pytest.mark.anyio
+async def test_all_are_404_unless_allowed(state: ServerState) -> None:
     async with asking(state) as client:
-        for path in (LOAD, UNLOAD):
+        for path in (LOAD, UNLOAD, SGLANG_LOAD, SGLANG_UNLOAD):
             response = await client.post(path, json={"lora_name": "x", "lora_path": "x"})
             assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
 
@@ -74,6 +91,10 @@ def test_on_the_real_daemon_new_requests_use_what_was_loaded(server_url: str) ->
     assert copy.json()["model"] == "tiny:copy"
     assert copy.json()["choices"] == support.json()["choices"]
     assert copy.headers["x-adapterd-digest"] == support.headers["x-adapterd-digest"]
+    again = httpx.post(f"{server_url}{LOAD}", json={"lora_name": "copy", "lora_path": "support"})
+    assert again.status_code == 200, again.text
+    other = httpx.post(f"{server_url}{LOAD}", json={"lora_name": "copy", "lora_path": "medical"})
+    assert (other.status_code, "has already been loaded" in other.json()["message"]) == (400, True)
     body = {"lora_name": "copy", "lora_path": "medical", "load_inplace": True}
     assert httpx.post(f"{server_url}{LOAD}", json=body).status_code == 200
     assert answer("copy").json()["choices"] == answer("medical").json()["choices"]

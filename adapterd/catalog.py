@@ -1,0 +1,184 @@
+"""All names and the weights of their versions, under one lock: what is known, what is in memory, who holds it.
+
+The one place where a record of a name is replaced, on disk first and then for everyone at once. Nothing is
+read or waited for here but the database's own write.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from adapterd.adapter import Adapter
+from adapterd.core import AdapterId, AdapterMix
+from adapterd.database import Database
+from adapterd.errors import Unavailable
+from adapterd.names import NameRecord, State
+from adapterd.versions import HostVersions, Lease
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Counters of the weights in host memory."""
+
+    max_bytes: int | None
+    num_bytes: int
+    num_hits: int
+    num_misses: int
+    num_evictions: int
+
+
+class Catalog:
+    """Every method may be called from any thread. `on_drop` hears, outside the lock, of each version that no
+    name means any more and nobody holds."""
+
+    def __init__(
+        self, database: Database, *, host_bytes: int | None, on_drop: Callable[[AdapterId], None]
+    ) -> None:
+        self._database = database
+        self._on_drop = on_drop
+        self._changed = threading.Condition()  # guards all below
+        self._names: dict[str, NameRecord] = {}
+        self._host = HostVersions(host_bytes)
+        self._num_wanted: Counter[AdapterId] = Counter()
+        self._pinned_names: set[str] = set()
+
+    # Names
+
+    def record(self, name: str) -> NameRecord:
+        """What is known of a name; an empty record if nothing is."""
+        with self._changed:
+            return self._names.get(name, NameRecord(name))
+
+    def records(self) -> tuple[NameRecord, ...]:
+        with self._changed:
+            return tuple(self._names.values())
+
+    def num_by_state(self) -> Counter[State]:
+        with self._changed:
+            return Counter(record.state for record in self._names.values())
+
+    def update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> bool:
+        """Replace a record by what `change` makes of it, in memory alone; whether that is another one.
+
+        For what is not worth keeping: that a folder was seen and is on its way.
+        """
+        with self._changed:
+            before = self._names.get(name, NameRecord(name))
+            after = change(before)
+            self._names[name] = after
+            return after is not before
+
+    def put(self, record: NameRecord, adapter: Adapter | None = None, *, save: bool = True) -> None:
+        """Make `record` what is known of its name. `adapter`: weights of one of its versions, to be kept.
+
+        The caller sees to it that changes of one name come one after the other.
+        """
+        if save:
+            self._database.save(record)
+        with self._changed:
+            before = self._names.get(record.name, NameRecord(record.name))
+            self._names[record.name] = record
+            if adapter is not None:
+                self._host.add(adapter)
+            dropped = self._account(before, record)
+            self._changed.notify_all()
+        self._tell(dropped)
+
+    def wait_for_names(self, holds: Callable[[tuple[NameRecord, ...]], bool], timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: holds(tuple(self._names.values())), timeout)
+
+    # Weights
+
+    def in_memory(self, adapter_id: AdapterId) -> Adapter | None:
+        """A version's weights, now the last used."""
+        with self._changed:
+            return self._host.get(adapter_id)
+
+    def is_in_memory(self, adapter_id: AdapterId) -> bool:
+        with self._changed:
+            return adapter_id in self._host
+
+    def keep(self, adapter: Adapter) -> Adapter:
+        """Put weights that were read again into memory."""
+        with self._changed:
+            return self._host.add(adapter)
+
+    def held(self, adapter_id: AdapterId) -> Adapter:
+        """A leased version's weights; KeyError if nobody holds it."""
+        with self._changed:
+            return self._host[adapter_id]
+
+    def lease(self, mix: AdapterMix) -> Lease:
+        """Raises Unavailable if a version has gone."""
+        held: list[AdapterId] = []
+        try:
+            with self._changed:
+                for adapter_id, _ in mix:
+                    self._host.hold(adapter_id)
+                    held.append(adapter_id)
+        except Unavailable:
+            self._release(held)
+            raise
+        return Lease(lambda: self._release(held))
+
+    def wait_released(self, adapter_id: AdapterId, timeout: float) -> bool:
+        """Wait until no lease holds a version, at most `timeout` seconds; whether that came about."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._host.is_held(adapter_id), timeout)
+
+    def host_memory(self) -> HostMemory:
+        with self._changed:
+            host = self._host
+            return HostMemory(
+                host.max_bytes, host.num_bytes, host.num_hits, host.num_misses, host.num_evictions
+            )
+
+    def check_integrity(self) -> None:
+        """Books balance. Only while nothing is being loaded."""
+        with self._changed:
+            self._host.check_integrity()
+            wanted = Counter(adapter_id for record in self._names.values() for adapter_id in record.wanted)
+            assert self._num_wanted == wanted
+
+    # Called with the lock held
+
+    def _account(self, before: NameRecord, after: NameRecord) -> Sequence[AdapterId]:
+        """Count who is meant by names now; the versions to tell `on_drop` of."""
+        self._num_wanted.update(after.wanted - before.wanted)
+        self._num_wanted.subtract(before.wanted - after.wanted)
+        unwanted = [i for i in before.wanted - after.wanted if not self._num_wanted[i]]
+        for adapter_id in unwanted:
+            del self._num_wanted[adapter_id]
+        if before.is_pinned or after.is_pinned:
+            self._pin(after)
+        # An earlier version stays in memory while there is room; one that cannot be asked for does not.
+        forgotten = {version.id for version in before.versions.values()}
+        if after.current is not None:
+            forgotten -= {version.id for version in after.versions.values()}
+        for adapter_id in forgotten:
+            if adapter_id not in self._num_wanted:
+                self._host.discard(adapter_id)
+        return [adapter_id for adapter_id in unwanted if not self._host.is_held(adapter_id)]
+
+    def _pin(self, record: NameRecord) -> None:
+        if record.is_pinned:
+            self._pinned_names.add(record.name)
+        else:
+            self._pinned_names.discard(record.name)
+        versions = [self._names[name].current_version for name in self._pinned_names]
+        self._host.pin(version.id for version in versions if version is not None)
+
+    # Called without it
+
+    def _release(self, adapter_ids: Sequence[AdapterId]) -> None:
+        with self._changed:
+            free = [adapter_id for adapter_id in adapter_ids if self._host.let_go(adapter_id)]
+            dropped = [adapter_id for adapter_id in free if adapter_id not in self._num_wanted]
+            self._changed.notify_all()
+        self._tell(dropped)
+
+    def _tell(self, dropped: Sequence[AdapterId]) -> None:
+        for adapter_id in dropped:
+            self._on_drop(adapter_id)

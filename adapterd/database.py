@@ -1,0 +1,213 @@
+"""What the registry knows, kept over a restart: names, versions, counters, aliases, pins, folder signatures.
+
+One SQLite file, written by one process. Each record is replaced whole in one transaction, so a process that is
+killed at any moment leaves every name as it was before or after, never between. No weights are kept here.
+"""
+
+import json
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+from typing import get_args
+
+from adapterd.core import AdapterDigest, AdapterId
+from adapterd.errors import ConfigError
+from adapterd.names import NameRecord, Owner, Version
+from adapterd.watch import Signature
+
+FILE = "registry.sqlite3"
+_FORMAT = 1
+_TABLES = """
+CREATE TABLE base (fingerprint TEXT);
+CREATE TABLE name (
+    name TEXT PRIMARY KEY, owner TEXT, path TEXT, root TEXT, signature TEXT, next_number INTEGER NOT NULL,
+    current INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL, loaded_at REAL, error TEXT
+) WITHOUT ROWID;
+CREATE TABLE version (
+    name TEXT NOT NULL REFERENCES name ON DELETE CASCADE, number INTEGER NOT NULL, digest TEXT NOT NULL,
+    path TEXT NOT NULL, num_bytes INTEGER NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
+    first_loaded_at REAL NOT NULL, PRIMARY KEY (name, number), UNIQUE (name, digest)
+) WITHOUT ROWID;
+CREATE TABLE alias (
+    name TEXT NOT NULL, alias TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, alias),
+    FOREIGN KEY (name, number) REFERENCES version ON DELETE CASCADE
+) WITHOUT ROWID;
+"""
+
+
+class Database:
+    """`directory` None keeps nothing beyond the process. Every method may be called from any thread."""
+
+    def __init__(self, directory: Path | None, *, base_fingerprint: str | None = None) -> None:
+        """Raises ConfigError if the file cannot be used: unreadable, another format, another daemon's."""
+        self._lock = threading.Lock()
+        self._where = ":memory:"
+        try:
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._where = str(directory / FILE)
+            # Autocommit: `with self._connection` alone would not begin a transaction where we want one.
+            self._connection = sqlite3.connect(
+                self._where, timeout=1.0, isolation_level=None, check_same_thread=False
+            )
+            # Also where a start is given up half-way and nobody is there to close it.
+            self._close = weakref.finalize(self, self._connection.close)
+            self._open(base_fingerprint)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"the registry in {directory} cannot be opened: {error}; is another adapterd using it?"
+                " Each needs a --state directory of its own",
+                param="state",
+            ) from error
+
+    def load(self) -> list[NameRecord]:
+        """Every name, as it was saved last."""
+        with self._lock:
+            versions: dict[str, dict[int, Version]] = {}
+            for (
+                name,
+                number,
+                digest,
+                path,
+                num_bytes,
+                rank,
+                targets,
+                first_loaded_at,
+            ) in self._connection.execute(
+                "SELECT name, number, digest, path, num_bytes, rank, targets, first_loaded_at FROM version"
+            ):
+                versions.setdefault(name, {})[number] = Version(
+                    number,
+                    AdapterId(AdapterDigest(digest), name),
+                    Path(path),
+                    num_bytes,
+                    rank,
+                    tuple(json.loads(targets)),
+                    first_loaded_at,
+                )
+            aliases: dict[str, dict[str, int]] = {}
+            for name, alias, number in self._connection.execute("SELECT name, alias, number FROM alias"):
+                aliases.setdefault(name, {})[alias] = number
+            rows = self._connection.execute(
+                "SELECT name, owner, path, root, signature, next_number, current, previous, is_pinned,"
+                " loaded_at, error FROM name"
+            )
+            return [
+                NameRecord(
+                    name=name,
+                    owner=_owner(owner),
+                    path=None if path is None else Path(path),
+                    root=None if root is None else Path(root),
+                    signature=_signature_from(signature),
+                    versions=MappingProxyType(versions.get(name, {})),
+                    next_number=next_number,
+                    current=current,
+                    previous=previous,
+                    aliases=MappingProxyType(aliases.get(name, {})),
+                    is_pinned=bool(is_pinned),
+                    loaded_at=loaded_at,
+                    error=error,
+                )
+                for name, owner, path, root, signature, next_number, current, previous, is_pinned, *rest in rows
+                for loaded_at, error in [rest]
+            ]
+
+    def save(self, record: NameRecord) -> None:
+        """Replace what is known of a name, in one transaction."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._replace(record)
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Nothing can be saved afterwards. Closing twice is harmless."""
+        with self._lock:
+            self._close()
+
+    def _open(self, base_fingerprint: str | None) -> None:
+        execute = self._connection.execute
+        # Exclusive: a second daemon on the same file is refused at its start, not at its first write.
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        execute("PRAGMA journal_mode = WAL")
+        # A commit survives the death of the process; a power cut may cost the last ones, never the whole.
+        execute("PRAGMA synchronous = NORMAL")
+        execute("PRAGMA foreign_keys = ON")
+        (version,) = execute("PRAGMA user_version").fetchone()
+        if version not in (0, _FORMAT):
+            raise sqlite3.DatabaseError(f"its format is {version}, and this adapterd reads {_FORMAT}")
+        if version == 0:
+            self._connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {_FORMAT};COMMIT;")
+        execute("BEGIN IMMEDIATE")
+        known = execute("SELECT fingerprint FROM base").fetchone()
+        if known is None or known[0] != base_fingerprint:
+            # What was checked against another base has to be read and checked again.
+            execute("UPDATE name SET signature = NULL")
+            execute("DELETE FROM base")
+            execute("INSERT INTO base VALUES (?)", (base_fingerprint,))
+        execute("COMMIT")
+
+    def _replace(self, record: NameRecord) -> None:
+        execute = self._connection.execute
+        execute("DELETE FROM name WHERE name = ?", (record.name,))
+        execute(
+            "INSERT INTO name VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.name,
+                record.owner,
+                None if record.path is None else str(record.path),
+                None if record.root is None else str(record.root),
+                _signature_text(record.signature),
+                record.next_number,
+                record.current,
+                record.previous,
+                record.is_pinned,
+                record.loaded_at,
+                record.error,
+            ),
+        )
+        self._connection.executemany(
+            "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _version_rows(record.versions.values())
+        )
+        self._connection.executemany(
+            "INSERT INTO alias VALUES (?, ?, ?)",
+            [(record.name, alias, number) for alias, number in record.aliases.items()],
+        )
+
+
+def _version_rows(versions: Iterable[Version]) -> list[tuple[object, ...]]:
+    return [
+        (
+            version.id.name,
+            version.number,
+            version.id.digest,
+            str(version.path),
+            version.num_bytes,
+            version.rank,
+            json.dumps(version.targets),
+            version.first_loaded_at,
+        )
+        for version in versions
+    ]
+
+
+def _owner(text: str | None) -> Owner | None:
+    known: tuple[Owner, ...] = get_args(Owner)
+    return next((owner for owner in known if owner == text), None)
+
+
+def _signature_text(signature: Signature | None) -> str | None:
+    return None if signature is None else json.dumps([str(signature.real_path), signature.files])
+
+
+def _signature_from(text: str | None) -> Signature | None:
+    if text is None:
+        return None
+    real_path, files = json.loads(text)
+    return Signature(Path(real_path), tuple((str(name), *numbers) for name, *numbers in files))

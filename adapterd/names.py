@@ -1,0 +1,186 @@
+"""What is known of one name: its versions by number, which of them it means, its aliases, who owns it.
+
+Frozen data and pure functions of it. A change makes a new record, so that a reader sees either all of it or
+nothing; `registry.py` decides the changes, `database.py` keeps them over a restart.
+
+A version's number counts the contents seen under a name, from 1 on, and is never given twice. Content that
+comes back has the number it had.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from adapterd.adapter import Adapter
+from adapterd.core import AdapterId
+from adapterd.errors import InvalidRequest
+from adapterd.model_name import is_version_digest, is_version_number, shown
+from adapterd.watch import Signature
+
+Owner = Literal["folder", "runtime", "manifest"]
+"""Whose word counts for a name: a watched folder's, a caller's at run time, or the manifest's."""
+
+State = Literal["LOADING", "READY", "FAILED", "ABSENT"]
+
+MAX_VERSIONS = 16
+"""Versions remembered for a name; beyond that the oldest that nothing points to is forgotten."""
+
+MAX_ALIASES = 64
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One content under one name. `path` is the folder it was read from, links followed."""
+
+    number: int
+    id: AdapterId
+    path: Path
+    num_bytes: int
+    rank: int
+    targets: tuple[str, ...]
+    first_loaded_at: float
+
+
+@dataclass(frozen=True)
+class NameRecord:
+    """`path` and `root` are where the name is loaded from, links unfollowed; `signature` is how that folder
+    looked when it was last acted upon: read, refused or unloaded.
+
+    `error` beside a current version: a newer one was refused, and the one before serves on.
+    """
+
+    name: str
+    owner: Owner | None = None
+    path: Path | None = None
+    root: Path | None = None
+    signature: Signature | None = None
+    versions: Mapping[int, Version] = field(default_factory=lambda: MappingProxyType({}))
+    next_number: int = 1
+    current: int | None = None
+    previous: int | None = None
+    aliases: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    is_pinned: bool = False
+    loaded_at: float | None = None
+    error: str | None = None
+    is_loading: bool = False
+
+    @property
+    def state(self) -> State:
+        if self.current is not None:
+            return "READY"
+        if self.is_loading:
+            return "LOADING"
+        return "FAILED" if self.error is not None else "ABSENT"
+
+    @property
+    def current_version(self) -> Version | None:
+        return None if self.current is None else self.versions[self.current]
+
+    @property
+    def wanted(self) -> frozenset[AdapterId]:
+        """The versions that a request may ask for without naming a number or a digest."""
+        if self.current is None:
+            return frozenset()
+        return frozenset(self.versions[number].id for number in (self.current, *self.aliases.values()))
+
+    def find(self, selector: str) -> Version | None:
+        """The version that NAME@selector means: a number, an alias, or the beginning of a digest."""
+        if is_version_number(selector):
+            return self.versions.get(int(selector))
+        if selector in self.aliases:
+            return self.versions[self.aliases[selector]]
+        if is_version_digest(selector):
+            # The newest first, should two digests begin alike.
+            return next(
+                (
+                    version
+                    for _, version in sorted(self.versions.items(), reverse=True)
+                    if version.id.digest.startswith(selector)
+                ),
+                None,
+            )
+        return None
+
+    def with_version(self, adapter: Adapter, *, now: float) -> "NameRecord":
+        """Point the name to `adapter`, as a new version unless its content is known."""
+        known = next((v for v in self.versions.values() if v.id == adapter.id), None)
+        number = self.next_number if known is None else known.number
+        version = Version(
+            number=number,
+            id=AdapterId(adapter.id.digest, self.name),
+            path=adapter.path,
+            num_bytes=adapter.num_bytes,
+            rank=adapter.max_rank,
+            targets=tuple(sorted({matrices.module.rpartition(".")[2] for matrices in adapter.modules})),
+            first_loaded_at=now if known is None else known.first_loaded_at,
+        )
+        record = replace(
+            self,
+            versions=MappingProxyType({**self.versions, number: version}),
+            next_number=max(self.next_number, number + 1),
+            error=None,
+            is_loading=False,
+            loaded_at=now,
+        )
+        return record.pointed_to(number)._pruned()
+
+    def pointed_to(self, number: int) -> "NameRecord":
+        """The same with another current version; what was current is what a rollback returns to."""
+        previous = self.previous if self.current in (None, number) else self.current
+        return replace(self, current=number, previous=None if previous == number else previous)
+
+    def with_alias(self, alias: str, number: int) -> "NameRecord":
+        """Raises InvalidRequest for what can be no alias, or for one too many."""
+        check_alias(alias)
+        if alias not in self.aliases and len(self.aliases) >= MAX_ALIASES:
+            raise InvalidRequest(
+                f"the adapter {self.name!r} has {MAX_ALIASES} aliases already; remove one first",
+                param="alias",
+            )
+        return replace(self, aliases=MappingProxyType({**self.aliases, alias: number}))
+
+    def without_alias(self, alias: str) -> "NameRecord":
+        aliases = {key: number for key, number in self.aliases.items() if key != alias}
+        return replace(self, aliases=MappingProxyType(aliases))
+
+    def absent(self) -> "NameRecord":
+        """Not served any more. What was known of it stays, so that its numbers are never given twice."""
+        return replace(
+            self,
+            current=None,
+            previous=None,
+            is_pinned=False,
+            error=None,
+            is_loading=False,
+            loaded_at=None,
+        )
+
+    def ownerless(self) -> "NameRecord":
+        """Whoever comes first may have the name."""
+        return replace(self, owner=None, path=None, root=None, signature=None)
+
+    def _pruned(self) -> "NameRecord":
+        kept = {self.current, self.previous, *self.aliases.values()}
+        spare = [number for number in sorted(self.versions) if number not in kept]
+        gone = set(itertools.islice(spare, max(0, len(self.versions) - MAX_VERSIONS)))
+        versions = {number: version for number, version in self.versions.items() if number not in gone}
+        return replace(self, versions=MappingProxyType(versions))
+
+
+def check_alias(alias: str) -> None:
+    """An alias begins with a letter and cannot be mistaken for a digest. Raises InvalidRequest."""
+    if _ALIAS.fullmatch(alias) is None:
+        raise InvalidRequest(
+            f"{shown(alias)} is no alias: a letter, then letters, digits, '.', '_' and '-', at most 64",
+            param="alias",
+        )
+    if re.fullmatch("[0-9a-f]+", alias):
+        raise InvalidRequest(
+            f"the alias {alias!r} would be read as the beginning of a digest; use a letter beyond f",
+            param="alias",
+        )
