@@ -86,7 +86,13 @@ def build_engine(
     num_kv_blocks = size_kv_pool(base, settings.kv_memory, settings.max_num_seqs)
     adapter_bytes = size_adapter_memory(base, settings.adapter_memory)
     in_use = WeightsInUse(weights)
-    runner = Runner(base, num_kv_blocks=num_kv_blocks, adapter_bytes=adapter_bytes, weights=in_use.get)
+    runner = Runner(
+        base,
+        num_kv_blocks=num_kv_blocks,
+        adapter_bytes=adapter_bytes,
+        max_num_seqs=settings.max_num_seqs,
+        weights=in_use.get,
+    )
     memory = EngineMemory(
         num_kv_blocks=num_kv_blocks,
         kv_block_size=KV_BLOCK_SIZE,

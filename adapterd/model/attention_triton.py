@@ -21,7 +21,7 @@ _PROGRAMS_PER_PROCESSOR = 2
 """A decode is split over its contexts until about so many run."""
 
 _MAX_SPLITS = 32
-_CHUNK_TOKENS = 64
+CHUNK_TOKENS = 64
 
 
 @triton.jit
@@ -66,9 +66,8 @@ def attend_kernel(
     sums,  # float32 [num_tiles, num_heads, NUM_SPLITS, VALUE_DIM]: written otherwise, weights not yet divided
     peaks,  # float32 [num_tiles, num_heads, NUM_SPLITS, 2]: likewise, greatest score and sum of weights
     sinks,  # [num_heads]
-    tiles,  # int32 [num_tiles, 4]: sequence, first token, number of tokens (0: none), first token's position
-    block_tables,  # int32 [num_sequences, table_stride]
-    table_stride,
+    tiles,  # int32 [num_tiles, 4]: place of its table, first token, number of tokens (0: none), first position
+    block_tables,  # int32: the sequences' blocks, one table after another
     query_token_stride,
     query_head_stride,
     scale,
@@ -93,7 +92,7 @@ def attend_kernel(
     """BLOCK_TOKENS of a tile times the GROUP query heads of one key head, over one split of the context."""
     tile, kv_head, split = tl.program_id(0) // PROGRAMS_PER_TILE, tl.program_id(1), tl.program_id(2)
     skipped = tl.program_id(0) % PROGRAMS_PER_TILE * BLOCK_TOKENS
-    sequence, first = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1) + skipped
+    table, first = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1) + skipped
     count = tl.minimum(tl.load(tiles + 4 * tile + 2) - skipped, BLOCK_TOKENS)
     first_position = tl.load(tiles + 4 * tile + 3) + skipped
     num_heads = num_kv_heads * GROUP
@@ -129,7 +128,7 @@ def attend_kernel(
     for start in range(begin, end, BLOCK_CONTEXT):
         places = start + tl.arange(0, BLOCK_CONTEXT)
         is_place = places < end
-        block = tl.load(block_tables + sequence * table_stride + places // KV_BLOCK, mask=is_place, other=0)
+        block = tl.load(block_tables + table + places // KV_BLOCK, mask=is_place, other=0)
         lines = (block.to(tl.int64) * KV_BLOCK + places % KV_BLOCK) * num_kv_heads + kv_head
         k = tl.load(
             keys + lines[None, :] * KEY_DIM + key_columns[:, None],
@@ -249,22 +248,23 @@ def plan_blocks(
         [slots[len(slots) - n :] for slots, n in zip(slots_by_sequence, num_new_tokens, strict=True)]
     )
     blocks = [slots[::KV_BLOCK_SIZE] // KV_BLOCK_SIZE for slots in slots_by_sequence]
-    tables = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(torch.int32)
     singles: list[tuple[int, int, int, int]] = []
     chunks: list[tuple[int, int, int, int]] = []
-    row = 0
-    for sequence, (slots, count) in enumerate(zip(slots_by_sequence, num_new_tokens, strict=True)):
+    table, row = 0, 0
+    for slots, count in zip(slots_by_sequence, num_new_tokens, strict=True):
         position = len(slots) - count
         if count == 1:
-            singles.append((sequence, row, 1, position))
-        chunks.extend(
-            (sequence, row + offset, min(_CHUNK_TOKENS, count - offset), position + offset)
-            for offset in range(0, count if count > 1 else 0, _CHUNK_TOKENS)
-        )
+            singles.append((table, row, 1, position))
+        else:
+            chunks.extend(
+                (table, row + offset, min(CHUNK_TOKENS, count - offset), position + offset)
+                for offset in range(0, count, CHUNK_TOKENS)
+            )
+        table += -(-len(slots) // KV_BLOCK_SIZE)
         row += count
     return BlockPlan(
         to_device(mapping, device),
-        to_device(tables, device),
+        to_device(torch.cat(blocks).to(torch.int32), device),
         _tile_table(singles, device),
         _tile_table(chunks, device),
     )
@@ -312,13 +312,14 @@ def triton_paged_attention(
         block_value = max(triton.next_power_of_2(value_dim), 16)
         attend_kernel[(tiles.shape[0] * programs_per_tile, num_kv_heads, num_splits)](
             query, keys, values, out, sums, peaks, query if sinks is None else sinks, tiles, plan.block_tables,
-            plan.block_tables.stride(0), query.stride(0), query.stride(1),
+            query.stride(0), query.stride(1),
             scale, sliding_window or 0, softcap or 1.0, num_kv_heads,
             GROUP=group, KEY_DIM=key_dim, VALUE_DIM=value_dim, HAS_WINDOW=sliding_window is not None,
             HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, NUM_SPLITS=num_splits,
             KV_BLOCK=KV_BLOCK_SIZE, PROGRAMS_PER_TILE=programs_per_tile,
-            BLOCK_TOKENS=block_tokens, BLOCK_GROUP=padded_group, BLOCK_CONTEXT=block_context, BLOCK_KEY=max(triton.next_power_of_2(key_dim), 16),
-            BLOCK_VALUE=block_value, num_warps=4, num_stages=2,
+            BLOCK_TOKENS=block_tokens, BLOCK_GROUP=padded_group, BLOCK_CONTEXT=block_context,
+            BLOCK_KEY=max(triton.next_power_of_2(key_dim), 16), BLOCK_VALUE=block_value,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         if is_split:
             join_kernel[(tiles.shape[0], num_heads)](
@@ -335,7 +336,7 @@ def triton_paged_attention(
         launch(plan.singles, 1, 1, max(block_group, 16), num_splits)
     if len(plan.chunks):
         block_tokens = max(chunk_rows // block_group, 1)
-        launch(plan.chunks, _CHUNK_TOKENS // block_tokens, block_tokens, block_group, 1)
+        launch(plan.chunks, CHUNK_TOKENS // block_tokens, block_tokens, block_group, 1)
     return out
 
 

@@ -6,16 +6,21 @@ It decides nothing: which sequences, blocks and adapters are in the batch was se
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterId, Batch, SampledToken, Sequence
+from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
 from adapterd.model.lora import LoraBank, Segment
 from adapterd.model.sampler import SamplerRow, logprobs_of, sample
+
+if TYPE_CHECKING:
+    from adapterd.model.cuda_graphs import GraphedForward
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +45,14 @@ class Runner:
         *,
         num_kv_blocks: int,
         adapter_bytes: int,
+        max_num_seqs: int,
         weights: Callable[[AdapterId], Adapter],
     ) -> None:
         self._base = base
         self._weights = weights
         self.kv = KVPool(base.kv_shapes, num_kv_blocks, base.dtype, base.device)
         self.bank = LoraBank(base.spec.lora_targets, adapter_bytes, base.dtype, base.device)
+        self._graphs = _graphs(base, self.kv, max_num_seqs, has_adapters=self.bank.num_pages > 0)
 
     def adapter_pages(self, adapter_id: AdapterId) -> int:
         """Pages of adapter memory that a leased version takes."""
@@ -74,7 +81,12 @@ class Runner:
             ids.extend(item.sequence.token_ids[item.start : item.end])
             positions.extend(range(item.start, item.end))
         keep = [row for rows in wanted for row in _rows(rows)]
-        self._base.lora_step.begin(self._segments(batch), len(ids))
+        segments = self._segments(batch)
+        if self._graphs is not None and self._graphs.takes(batch.scheduled):
+            all_rows = self._graphs.run(batch.scheduled, segments)
+            if all_rows is not None:
+                return all_rows if len(keep) == len(ids) else all_rows[keep]
+        self._base.lora_step.begin(segments, len(ids))
         context = self._base.paged_context(
             self.kv,
             [_slots(item.sequence, item.end) for item in batch.scheduled],
@@ -136,6 +148,20 @@ class Runner:
                 token = SampledToken(token.token_id, token.logprobs, found, token.error)
             results.append(token)
         return results
+
+
+def _graphs(base: Base, kv: KVPool, max_num_seqs: int, has_adapters: bool) -> "GraphedForward | None":
+    """Decode steps from CUDA graphs, where the kernels are those that can be recorded."""
+    if base.device.type != "cuda" or base.paged_context is paged_context:
+        return None
+    from adapterd.model.cuda_graphs import CudaGraphRecorder, GraphedForward
+    from adapterd.model.lora_triton import TritonLoraStep
+
+    assert isinstance(base.lora_step, TritonLoraStep)
+    graphs = GraphedForward(base, base.lora_step, kv, max_num_seqs, CudaGraphRecorder())
+    with torch.inference_mode():
+        graphs.record_all(has_adapters)
+    return graphs
 
 
 def _wanted_rows(batch: Batch) -> list[_Wanted]:
