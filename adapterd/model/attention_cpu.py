@@ -82,11 +82,12 @@ class NativeContext:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        self.pool.write(layer, self.plan.slot_mapping, key, value)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        torch.ops.adapterd.write_kv(keys, values, self.plan.slot_mapping, key, value)
         return native_paged_attention(
             query,
-            self.pool.keys[layer],
-            self.pool.values[layer],
+            keys,
+            values,
             self.plan,
             scale=scale,
             sliding_window=sliding_window,

@@ -14,13 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterd.core import BaseSpec
 from adapterd.errors import BaseRefused
-from adapterd.model.attention import ATTENTION_NAME, ContextFactory, ShapeRecorder, register_attention
+from adapterd.model.attention import ATTENTION_NAME, ContextFactory, register_attention
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
-from adapterd.model.linear_cpu import use_fastest_linears
-from adapterd.model.lora import LoraStep, wrap_linears
-from adapterd.model.norm_cpu import use_native_norms
+from adapterd.model.lora import LoraStep
 from adapterd.model.probe import probe_family
+from adapterd.model.seams import attach_seams
 from adapterd.model.threads import use_all_cores
 
 logger = logging.getLogger(__name__)
@@ -79,17 +78,7 @@ def load_base(
     model.requires_grad_(False).eval()
 
     chosen = choose_kernels(kernels, where, model.dtype)
-    if on_cpu:
-        use_fastest_linears(model, chosen.is_native)
-    if chosen.is_native:
-        use_native_norms(model)
-    step = chosen.lora_step()
-    head = model.get_output_embeddings()
-    targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
-    recorder = ShapeRecorder()
-    with torch.inference_mode():
-        one = torch.zeros(1, 1, dtype=torch.long, device=where)
-        model(input_ids=one, position_ids=one, use_cache=False, paged=recorder)
+    seams = attach_seams(model, chosen)
     spec = BaseSpec(
         name=served_name or _default_name(name_or_dir),
         root=name_or_dir,
@@ -97,7 +86,7 @@ def load_base(
         dtype=str(model.dtype).removeprefix("torch."),
         vocab_size=int(config.get_text_config().vocab_size),
         max_model_len=context,
-        lora_targets=targets,
+        lora_targets=seams.targets,
         eos_token_ids=_eos_token_ids(model),
     )
     logger.info(
@@ -109,7 +98,9 @@ def load_base(
         sum(p.numel() for p in model.parameters()) / 1e6,
         context,
     )
-    return Base(model, spec, directory, where, model.dtype, recorder.shapes, step, chosen.paged_context)
+    return Base(
+        model, spec, directory, where, model.dtype, seams.kv_shapes, seams.lora_step, chosen.paged_context
+    )
 
 
 def find_base(name_or_dir: str) -> Path:

@@ -58,26 +58,26 @@ class LinearChoice:
     steps: tuple[tuple[int, LinearFunction], ...]
     beyond: LinearFunction
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        num_tokens = x.numel() // x.shape[-1]
+    def way(self, num_tokens: int) -> LinearFunction:
         for count, function in self.steps:
             if num_tokens <= count:
-                return function(x, weight, bias)
-        return self.beyond(x, weight, bias)
+                return function
+        return self.beyond
 
 
 class CpuLinear(nn.Linear):
     """nn.Linear with the same parameters and another way to multiply."""
 
-    def __init__(self, linear: nn.Linear, choice: LinearFunction) -> None:
+    def __init__(self, linear: nn.Linear, choice: LinearChoice) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._choice = choice
+        self.choice = choice
         self.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
-        return self._choice(input, self.weight, self.bias)
+        way = self.choice.way(input.numel() // input.shape[-1])
+        return way(input, self.weight, self.bias)
 
 
 def candidates(dtype: torch.dtype, with_native: bool) -> dict[str, LinearFunction]:

@@ -204,8 +204,8 @@ class LoraLinear(nn.Module):
     def __init__(self, inner: nn.Module, path: str, step: LoraStep) -> None:
         super().__init__()
         self.inner = inner
-        self._path = path
-        self._step = step
+        self.path = path
+        self.step = step
 
     @property
     def weight(self) -> torch.Tensor:
@@ -216,11 +216,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
-        if self._step.segments:
+        if self.step.segments:
             rows, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            if rows.shape[0] != self._step.num_tokens:
-                raise RuntimeError(f"{self._path} saw {rows.shape[0]} of {self._step.num_tokens} tokens")
-            self._step.add(self._path, flat, rows)
+            if rows.shape[0] != self.step.num_tokens:
+                raise RuntimeError(f"{self.path} saw {rows.shape[0]} of {self.step.num_tokens} tokens")
+            self.step.add(self.path, flat, rows)
         return y
 
 

@@ -4,7 +4,9 @@ Once a step a table is put together: which rows of the batch meet which matrices
 change while it is resident and is kept from step to step, so that a step only joins and sorts a few tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -31,6 +33,13 @@ class NativeLoraStep(LoraStep):
         self._mixes: dict[int, _MixTable] = {}
         self._table = torch.empty(0, 6, dtype=torch.long)
         self._bounds: list[int] = [0]
+        self._pairs: list[int] = []
+
+    def register(self, paths: Sequence[str]) -> range:
+        """Number linears, neighbours next to one another; for `additions`."""
+        first = len(self._linears)
+        self._linears.update((path, first + i) for i, path in enumerate(paths))
+        return range(first, first + len(paths))
 
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         super().begin(segments, num_tokens)
@@ -53,6 +62,19 @@ class NativeLoraStep(LoraStep):
         order = linears.argsort(stable=True)
         self._table = rows[order]
         self._bounds = torch.searchsorted(linears[order], torch.arange(len(self._linears) + 1)).tolist()
+        self._pairs = [bound for pair in pairwise(self._bounds) for bound in pair]
+
+    def place(self, paths: Sequence[str]) -> range | None:
+        """The numbers of registered linears, if they are neighbours in this order."""
+        numbers = [self._linears.get(path) for path in paths]
+        first = numbers[0]
+        if first is None or numbers != list(range(first, first + len(paths))):
+            return None
+        return range(first, first + len(paths))
+
+    def additions(self, place: range) -> tuple[torch.Tensor, list[int]]:
+        """The step's table, and for each registered linear of `place` its first row and the row after its last."""
+        return self._table, self._pairs[2 * place.start : 2 * place.stop]
 
     def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
         linear = self._linears.get(path)

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapterd.errors import BaseRefused
-from adapterd.model.attention import ATTENTION_NAME, ShapeRecorder
+from adapterd.model.attention import ATTENTION_NAME
 from adapterd.model.kernels import TORCH_KERNELS, Kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
-from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment, wrap_linears
-from adapterd.model.norm_cpu import use_native_norms
+from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment
+from adapterd.model.seams import attach_seams
 
 logger = logging.getLogger(__name__)
 
@@ -136,20 +136,13 @@ def _largest_difference(eager: Any, paged: Any, max_position: int, kernels: Kern
 
 
 def _seams(paged: Any, kernels: Kernels) -> tuple[KVPool, LoraStep, Products]:
-    recorder = ShapeRecorder()
-    zero = torch.zeros(1, 1, dtype=torch.long)
-    paged(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
-    pool = KVPool(recorder.shapes, num_blocks=4, dtype=torch.float32, device=torch.device("cpu"))
-    if kernels.is_native:
-        use_native_norms(paged)
-    step = kernels.lora_step()
-    head = paged.get_output_embeddings()
-    targets = wrap_linears(paged, step, lambda path: paged.get_submodule(path) is not head)
+    seams = attach_seams(paged, kernels)
+    pool = KVPool(seams.kv_shapes, num_blocks=4, dtype=torch.float32, device=torch.device("cpu"))
     products: Products = {
         path: (LoraProduct(torch.randn(2, d_in) * d_in**-0.5, torch.randn(2, d_out) * 0.3, 1.0),)
-        for path, (d_out, d_in) in targets.items()
+        for path, (d_out, d_in) in seams.targets.items()
     }
-    return pool, step, products
+    return pool, seams.lora_step, products
 
 
 def _run_paged(

@@ -1,4 +1,5 @@
-// y = x W^T + bias for few tokens, at the speed at which W comes from memory.
+// y = x W^T + bias, for few tokens at the speed at which W comes from memory; cut into pieces for threads. See
+// linears.h.
 
 #pragma once
 
@@ -8,7 +9,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <atomic>
 #include <optional>
+#include <vector>
 
 namespace adapterd {
 
@@ -19,6 +22,17 @@ constexpr int64_t kFewTokens = 48;
 constexpr int64_t kManyRows = 64;
 
 inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
+
+// run(item) for every item, handed out one by one to threads: what a thread loses to other processes, or to a dearer
+// item, the others make up for. Items should be large beside an atomic increment.
+template <typename F>
+void share_out(int64_t items, int64_t work_per_item, const F& run) {
+  const int64_t threads = std::min<int64_t>({at::get_num_threads(), items, items * work_per_item / kGrain + 1});
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t item = next++; item < items; item = next++) run(item);
+  });
+}
 
 // Rows of x as every tile reads them.
 template <typename T>
@@ -43,66 +57,67 @@ PreparedRows<T> prepare_rows(const T* x, int64_t tokens, int64_t n) {
   return {storage, out, stride};
 }
 
+// y [tokens, d_out] = x w^T + bias, for one of several linears that read the same x.
 template <typename T>
-void linear_rows(const T* w, const T* bias, const PreparedRows<T>& x, int64_t tokens, int64_t d_in, int64_t d_out, T* y) {
-  // Many tokens do not fit the second cache: more rows are kept there instead, so that x comes by less often.
-  const bool many = tokens > kFewTokens && d_out >= 4 * at::get_num_threads() * kManyRows;
-  const int64_t group_rows = many ? kManyRows : kGroupRows;
-  const int64_t groups = (d_out + group_rows - 1) / group_rows;
-  at::parallel_for(0, groups, grain(group_rows * d_in * tokens), [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(tokens * group_rows);
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t row = group * group_rows;
-      const int rows = static_cast<int>(std::min(group_rows, d_out - row));
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t k = 0; k < d_in; k += kChunk<T>) {
-        const T* here = w + row * d_in + k;
-        const T* next = nullptr;
-        if (k + kChunk<T> < d_in) {
-          next = here + kChunk<T>;
-        } else if (group + 1 < end && row + 2 * group_rows <= d_out) {
-          next = w + (row + group_rows) * d_in;
-        }
-        dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
-                  group_rows, next);
+struct Product {
+  const T* w;
+  const T* bias;
+  T* y;
+  int64_t d_out;
+};
+
+// Rows [begin, end) of one product's weights, `group_rows` at a time.
+template <typename T>
+void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t tokens, int64_t d_in,
+                   int64_t group_rows, int64_t begin, int64_t end) {
+  thread_local std::vector<float> sums;
+  sums.resize(tokens * group_rows);
+  for (int64_t row = begin; row < end; row += group_rows) {
+    const int rows = static_cast<int>(std::min(group_rows, end - row));
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t k = 0; k < d_in; k += kChunk<T>) {
+      const T* here = product.w + row * d_in + k;
+      const T* next = nullptr;
+      if (k + kChunk<T> < d_in) {
+        next = here + kChunk<T>;
+      } else if (row + 2 * group_rows <= product.d_out) {
+        next = product.w + (row + group_rows) * d_in;
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int j = 0; j < rows; ++j) {
-          const float offset = bias ? static_cast<float>(bias[row + j]) : 0.0f;
-          y[t * d_out + row + j] = static_cast<T>(sums[t * group_rows + j] + offset);
-        }
+      dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
+                group_rows, next);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* y = product.y + t * product.d_out + row;
+      for (int j = 0; j < rows; ++j) {
+        const float offset = product.bias ? static_cast<float>(product.bias[row + j]) : 0.0f;
+        y[j] = static_cast<T>(sums[t * group_rows + j] + offset);
       }
     }
-  });
+  }
 }
 
-// x: [..., d_in]; weight: [d_out, d_in]; bias: [d_out] or none; all of one type, float32 or bfloat16.
-inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "linear: weight must be a contiguous matrix");
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x has ", x.size(-1), " columns, weight ",
-              weight.size(1));
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "linear: x and weight differ in type");
-  TORCH_CHECK(!bias || (bias->scalar_type() == weight.scalar_type() && bias->is_contiguous()),
-              "linear: bias must be contiguous and of weight's type");
-  const at::Tensor rows = x.contiguous();
-  const int64_t d_out = weight.size(0);
-  const int64_t d_in = weight.size(1);
-  const int64_t tokens = d_in ? rows.numel() / d_in : 0;
-  auto shape = x.sizes().vec();
-  shape.back() = d_out;
-  at::Tensor y = at::empty(shape, x.options());
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    linear_rows(weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
-                prepare_rows(rows.const_data_ptr<T>(), tokens, d_in), tokens, d_in, d_out, y.mutable_data_ptr<T>());
-  };
-  if (x.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "linear: float32 or bfloat16, not ", x.scalar_type());
-    run(bf16{});
+// A piece of the weights of some product that one thread multiplies.
+struct ProductUnit {
+  int64_t product, begin, end;
+};
+
+// All products cut into units. Many tokens do not fit the second cache: more rows are kept there instead, so that x
+// comes by less often.
+template <typename T>
+std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, int64_t tokens, int64_t* group_rows) {
+  int64_t total = 0;
+  for (const Product<T>& product : products) total += product.d_out;
+  const int64_t threads = at::get_num_threads();
+  *group_rows = tokens > kFewTokens && total >= 4 * threads * kManyRows ? kManyRows : kGroupRows;
+  const int64_t groups_at_once = std::clamp<int64_t>(total / (*group_rows * threads * 8), 1, 8);
+  const int64_t step = *group_rows * groups_at_once;
+  std::vector<ProductUnit> units;
+  for (size_t i = 0; i < products.size(); ++i) {
+    for (int64_t row = 0; row < products[i].d_out; row += step) {
+      units.push_back({static_cast<int64_t>(i), row, std::min(row + step, products[i].d_out)});
+    }
   }
-  return y;
+  return units;
 }
 
 }  // namespace adapterd

@@ -1,19 +1,26 @@
 // The operators of torch.ops.adapterd. Python's side of each, and what it must equal: linear_cpu.py, lora_cpu.py,
-// attention_cpu.py and norm_cpu.py in the folder above.
+// attention_cpu.py, norm_cpu.py, mlp_cpu.py and layer_cpu.py in the folder above.
 
-#include "attention.h"
-#include "linear.h"
-#include "lora.h"
-#include "norm.h"
+#include "layer.h"
 
 #include <torch/library.h>
 
 TORCH_LIBRARY(adapterd, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", adapterd::linear);
+  m.def("linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? table, int[] bounds) -> Tensor[]",
+        adapterd::linears);
   m.def("add_lora(Tensor(a!) y, Tensor x, Tensor table, int first, int last) -> ()", adapterd::add_lora);
   m.def(
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor sequences, float scale, "
       "int window, float softcap, Tensor? sinks) -> Tensor",
       adapterd::paged_attention);
+  m.def("write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor key, Tensor value) -> ()",
+        adapterd::write_kv);
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor", adapterd::silu_mul);
+  m.def(
+      "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, Tensor?[] biases, Tensor[] norms, "
+      "float[] norm_numbers, Tensor? table, int[] bounds, Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, "
+      "Tensor slots, Tensor sequences, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+      adapterd::decoder_layer);
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor", adapterd::rms_norm);
 }

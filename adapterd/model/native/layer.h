@@ -1,0 +1,128 @@
+// A whole decoder layer of the Llama kind in one call: norm, q/k/v, rotary, attention, o, norm, gated MLP, residuals.
+//
+// It only strings together what stands in the other headers. What it saves is everything between them: some forty
+// small operators and fifteen modules a layer, in which memory, the bottleneck of decoding, would stand idle.
+
+#pragma once
+
+#include "activation.h"
+#include "attention.h"
+#include "linears.h"
+#include "norm.h"
+
+namespace adapterd {
+
+// One token's heads, normalised if there is a weight, then rotated: the halves of a head are the two coordinates.
+template <typename T>
+void rotate_heads(T* x, int64_t heads, int64_t dim, const T* weight, float eps, float offset, const T* cos, const T* sin,
+                  float* scratch) {
+  const int64_t half = dim / 2;
+  for (int64_t h = 0; h < heads; ++h, x += dim) {
+    float squares = 0.0f;
+    for (int64_t i = 0; i < dim; ++i) {
+      scratch[i] = static_cast<float>(x[i]);
+      squares += scratch[i] * scratch[i];
+    }
+    if (weight) {
+      const float factor = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
+      for (int64_t i = 0; i < dim; ++i) scratch[i] *= factor * (static_cast<float>(weight[i]) + offset);
+    }
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = scratch[i];
+      const float b = scratch[i + half];
+      x[i] = static_cast<T>(a * static_cast<float>(cos[i]) - b * static_cast<float>(sin[i]));
+      x[i + half] = static_cast<T>(b * static_cast<float>(cos[i + half]) + a * static_cast<float>(sin[i + half]));
+    }
+  }
+}
+
+// x: [tokens, heads * dim], changed in place; cos, sin: [tokens, dim]; weight: [dim] or none.
+inline void rotate(at::Tensor& x, int64_t dim, const std::optional<at::Tensor>& weight, double eps, double offset,
+                   const at::Tensor& cos, const at::Tensor& sin) {
+  const int64_t tokens = cos.size(0);
+  const int64_t heads = x.numel() / std::max<int64_t>(1, tokens * dim);
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, tokens, grain(4 * heads * dim), [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(dim);
+      for (int64_t t = begin; t < end; ++t) {
+        rotate_heads(x.mutable_data_ptr<T>() + t * heads * dim, heads, dim,
+                     weight ? weight->const_data_ptr<T>() : nullptr, static_cast<float>(eps),
+                     static_cast<float>(offset), cos.const_data_ptr<T>() + t * dim, sin.const_data_ptr<T>() + t * dim,
+                     scratch.data());
+      }
+    });
+  });
+}
+
+// x + y, rounded as torch rounds it. One shape and type, contiguous.
+inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const T* a = x.const_data_ptr<T>();
+    const T* b = y.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const int64_t n = x.numel();
+    const auto sum = [](Pair p, Pair q) -> Pair { return {p.a + q.a, p.b + q.b}; };
+    int64_t k = 0;
+    for (; k + kBlock <= n; k += kBlock) store_pair(to + k, sum(load_pair(a + k), load_pair(b + k)));
+    if (k < n) store_pair(to + k, sum(load_pair(a + k, n - k), load_pair(b + k, n - k)), n - k);
+  });
+  return out;
+}
+
+// x: [..., hidden] of `tokens` rows, float32 or bfloat16, as everything else; cos, sin: [tokens, head_dim].
+// weights, biases: q, k, v, o, gate, up, down; table and bounds as for linears(), in that order.
+// norms: before attention, before the MLP, of each query head and of each key head (the last two or neither); each
+// with its eps and offset in norm_numbers. keys, values, slot_mapping: see write_kv; the rest: see paged_attention.
+inline at::Tensor decoder_layer(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                                const std::vector<at::Tensor>& weights,
+                                const c10::List<std::optional<at::Tensor>>& biases,
+                                const std::vector<at::Tensor>& norms, at::ArrayRef<double> norm_numbers,
+                                const std::optional<at::Tensor>& table, at::IntArrayRef bounds, at::Tensor& keys,
+                                at::Tensor& values, const at::Tensor& slot_mapping, const at::Tensor& slots,
+                                const at::Tensor& sequences, double scale, int64_t window, double softcap,
+                                const std::optional<at::Tensor>& sinks) {
+  TORCH_CHECK(weights.size() == 7 && biases.size() == 7 && (norms.size() == 2 || norms.size() == 4) &&
+                  norm_numbers.size() == 2 * norms.size(),
+              "decoder_layer: seven linears, two norms or four");
+  const int64_t tokens = slot_mapping.numel();
+  const int64_t dim = keys.size(2);
+  const at::Tensor hidden = x.contiguous().view({tokens, -1});
+  const at::Tensor cosines = cos.contiguous();
+  const at::Tensor sines = sin.contiguous();
+  TORCH_CHECK(cosines.numel() == tokens * dim && sines.numel() == tokens * dim && dim % 2 == 0 &&
+                  values.size(2) == dim && cosines.scalar_type() == x.scalar_type() &&
+                  sines.scalar_type() == x.scalar_type(),
+              "decoder_layer: cos and sin must be [tokens, head_dim], of x's type");
+  const auto norm = [&](const at::Tensor& rows, size_t i) {
+    return rms_norm(rows, norms[i], norm_numbers[2 * i], norm_numbers[2 * i + 1]);
+  };
+  const auto multiply = [&](const at::Tensor& rows, size_t first, size_t count) {
+    c10::List<std::optional<at::Tensor>> own;
+    for (size_t i = first; i < first + count; ++i) own.push_back(biases.get(i));
+    return linears(rows, {weights.begin() + first, weights.begin() + first + count}, own, table,
+                   table ? bounds.slice(2 * first, 2 * count) : bounds);
+  };
+  const at::Tensor angles_cos = cosines.view({tokens, dim});
+  const at::Tensor angles_sin = sines.view({tokens, dim});
+
+  std::vector<at::Tensor> qkv = multiply(norm(hidden, 0), 0, 3);
+  for (size_t i = 0; i < 2; ++i) {
+    std::optional<at::Tensor> weight;
+    if (norms.size() == 4) weight = norms[2 + i];
+    const bool has = weight.has_value();
+    rotate(qkv[i], dim, weight, has ? norm_numbers[4 + 2 * i] : 0, has ? norm_numbers[5 + 2 * i] : 0, angles_cos,
+           angles_sin);
+  }
+  const auto heads = [&](const at::Tensor& rows) { return rows.view({tokens, -1, dim}); };
+  write_kv(keys, values, slot_mapping, heads(qkv[1]), heads(qkv[2]));
+  const at::Tensor attended =
+      paged_attention(heads(qkv[0]), keys, values, slots, sequences, scale, window, softcap, sinks);
+  const at::Tensor middle = sum_of(hidden, multiply(attended.view({tokens, -1}), 3, 1)[0]);
+  const std::vector<at::Tensor> gated = multiply(norm(middle, 1), 4, 2);
+  return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), 6, 1)[0]).view(x.sizes());
+}
+
+}  // namespace adapterd

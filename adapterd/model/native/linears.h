@@ -1,0 +1,153 @@
+// Linears that read the same x, and what adapters add to each, in one call.
+//
+// Two stages with one join between them: first all rows of all weights and every x A^T, then every h B. A call
+// without adapters has the first alone, a call without weights (they were multiplied elsewhere) adds to what is there.
+
+#pragma once
+
+#include "lora.h"
+
+namespace adapterd {
+
+// What adapters do to one product: `count` entries, their results' place in h.
+struct Additions {
+  const LoraEntry* entries;
+  int64_t count;
+  float* h;
+};
+
+inline Additions checked_additions(const at::Tensor& table, int64_t first, int64_t last, int64_t tokens) {
+  TORCH_CHECK(table.scalar_type() == at::kLong && table.is_contiguous() && table.dim() == 2 && table.size(1) == 6,
+              "adapters: table must be int64 [num_entries, 6]");
+  TORCH_CHECK(0 <= first && first <= last && last <= table.size(0), "adapters: no rows ", first, " to ", last);
+  const auto* entries = reinterpret_cast<const LoraEntry*>(table.const_data_ptr<int64_t>());
+  for (const LoraEntry* e = entries + first; e != entries + last; ++e) {
+    TORCH_CHECK(0 <= e->start && e->start <= e->end && e->end <= tokens, "adapters: tokens ", e->start, " to ", e->end,
+                " of ", tokens);
+  }
+  return {entries + first, last - first, nullptr};
+}
+
+template <typename T>
+void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>& additions, const T* x, int64_t tokens,
+                 int64_t d_in, bool multiply) {
+  const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in);
+  int64_t num_h = 0;
+  int64_t rank_rows = 0;
+  for (const Additions& a : additions) num_h += shrunk_size(a.entries, a.count);
+  at::Tensor shrunk = at::empty({num_h}, at::kFloat);
+  float* h = shrunk.mutable_data_ptr<float>();
+  std::vector<ShrinkUnit> shrinks;
+  for (Additions& a : additions) {
+    a.h = h;
+    cut_shrink(a.entries, a.count, h, shrinks);
+    h += shrunk_size(a.entries, a.count);
+    for (const LoraEntry* e = a.entries; e != a.entries + a.count; ++e) rank_rows += e->rank * (e->end - e->start + 4);
+  }
+
+  int64_t group_rows = 0;
+  std::vector<ProductUnit> units;
+  if (multiply) units = product_units(products, tokens, &group_rows);
+  const int64_t num_units = static_cast<int64_t>(units.size());
+  const int64_t num_items = num_units + static_cast<int64_t>(shrinks.size());
+  int64_t work = rank_rows * d_in;
+  for (const ProductUnit& unit : units) work += (unit.end - unit.begin) * d_in * tokens;
+  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item) {
+    if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
+    const ProductUnit& unit = units[item];
+    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end);
+  });
+  if (shrinks.empty()) return;
+
+  struct ExpandUnit {
+    size_t product;
+    int64_t begin;
+  };
+  std::vector<ExpandUnit> expands;
+  for (size_t i = 0; i < products.size(); ++i) {
+    if (additions[i].count == 0) continue;
+    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) expands.push_back({i, c});
+  }
+  share_out(static_cast<int64_t>(expands.size()), rank_rows * kExpandAtOnce, [&](int64_t item) {
+    const auto [i, begin] = expands[item];
+    const int64_t end = std::min(begin + kExpandAtOnce, products[i].d_out);
+    expand(additions[i].entries, additions[i].count, additions[i].h, products[i].y, products[i].d_out, begin, end);
+  });
+}
+
+inline void check_input(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "linears: x must be contiguous");
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "linears: float32 or bfloat16, not ",
+              x.scalar_type());
+}
+
+template <typename F>
+void by_type(const at::Tensor& x, const F& run) {
+  if (x.scalar_type() == at::kFloat) {
+    run(float{});
+  } else {
+    run(bf16{});
+  }
+}
+
+// x: [..., d_in]; weights: [d_out, d_in] each; biases: [d_out] or none, as many; all of one type, float32 or bfloat16.
+// table: int64 [num_entries, 6] as LoraEntry, or none; rows [bounds[2i], bounds[2i + 1]) of it are weight i's; tokens
+// are x's rows. The matrices at its addresses have the type of x and are kept alive by the caller. Returns [..., d_out]
+// each.
+inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                                       const c10::List<std::optional<at::Tensor>>& biases,
+                                       const std::optional<at::Tensor>& table, at::IntArrayRef bounds) {
+  check_input(x);
+  TORCH_CHECK(biases.size() == weights.size() && (!table || bounds.size() == 2 * weights.size()),
+              "linears: a bias and two bounds for each weight");
+  const int64_t d_in = x.size(-1);
+  const int64_t tokens = d_in ? x.numel() / d_in : 0;
+  std::vector<at::Tensor> found;
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Product<T>> products;
+    std::vector<Additions> additions;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const at::Tensor& weight = weights[i];
+      TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "linears: weight must be a contiguous matrix");
+      TORCH_CHECK(weight.size(1) == d_in, "linears: x has ", d_in, " columns, weight ", weight.size(1));
+      TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "linears: x and weight differ in type");
+      const std::optional<at::Tensor> bias = biases.get(i);
+      TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
+                            bias->numel() == weight.size(0)),
+                  "linears: bias must be contiguous, of weight's type and length");
+      auto shape = x.sizes().vec();
+      shape.back() = weight.size(0);
+      found.push_back(at::empty(shape, x.options()));
+      products.push_back({weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
+                          found.back().mutable_data_ptr<T>(), weight.size(0)});
+      Additions adapters{nullptr, 0, nullptr};
+      if (table) adapters = checked_additions(*table, bounds[2 * i], bounds[2 * i + 1], tokens);
+      additions.push_back(adapters);
+    }
+    run_linears(products, additions, x.const_data_ptr<T>(), tokens, d_in, true);
+  });
+  return found;
+}
+
+// One linear without adapters; x may have any strides.
+inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return linears(x.contiguous(), {weight}, c10::List<std::optional<at::Tensor>>({bias}), std::nullopt, {})[0];
+}
+
+// y: [tokens, d_out], changed in place; x: [tokens, d_in]; one type, float32 or bfloat16. table as in linears(); its
+// rows [first, last) are this linear's.
+inline void add_lora(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, int64_t first, int64_t last) {
+  check_input(x);
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "add_lora: x and y must have the same rows");
+  TORCH_CHECK(y.is_contiguous(), "add_lora: y must be contiguous");
+  TORCH_CHECK(x.scalar_type() == y.scalar_type(), "add_lora: x and y differ in type");
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<Product<T>> products{{nullptr, nullptr, y.mutable_data_ptr<T>(), y.size(1)}};
+    std::vector<Additions> additions{checked_additions(table, first, last, x.size(0))};
+    run_linears(products, additions, x.const_data_ptr<T>(), x.size(0), x.size(1), false);
+  });
+}
+
+}  // namespace adapterd

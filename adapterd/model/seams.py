@@ -1,0 +1,57 @@
+"""Attach to a transformers model what serving needs: faster modules that compute the same, and places for adapters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapterd.model.attention import ShapeRecorder
+from adapterd.model.grouped_cpu import group_linears
+from adapterd.model.kernels import Kernels
+from adapterd.model.kv import KVShape
+from adapterd.model.layer_cpu import use_native_layers
+from adapterd.model.linear_cpu import use_fastest_linears
+from adapterd.model.lora import LoraStep, wrap_linears
+from adapterd.model.lora_cpu import NativeLoraStep
+from adapterd.model.mlp_cpu import use_native_mlps
+from adapterd.model.norm_cpu import use_native_norms
+
+
+@dataclass(frozen=True)
+class Seams:
+    """targets: path -> (d_out, d_in) of every linear that adapters may change; kv_shapes: by layer."""
+
+    lora_step: LoraStep
+    targets: Mapping[str, tuple[int, int]]
+    kv_shapes: Mapping[int, KVShape]
+
+
+def attach_seams(model: Any, kernels: Kernels) -> Seams:
+    """Change the model in place. Its attention must be ATTENTION_NAME's; parameters stay what they are."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        use_fastest_linears(model, kernels.is_native)
+    if kernels.is_native:
+        use_native_norms(model)
+        use_native_mlps(model)
+    step = kernels.lora_step()
+    head = model.get_output_embeddings()
+    targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
+    recorder = ShapeRecorder()
+    run = _one_token(model, device, recorder)
+    if isinstance(step, NativeLoraStep):
+        group_linears(model, step, run)
+        use_native_layers(model, step, recorder.shapes)
+    else:
+        run()
+    return Seams(step, targets, recorder.shapes)
+
+
+def _one_token(model: Any, device: torch.device, recorder: ShapeRecorder) -> Callable[[], None]:
+    @torch.inference_mode()
+    def run() -> None:
+        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        model(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
+
+    return run
