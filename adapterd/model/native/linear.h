@@ -23,14 +23,18 @@ constexpr int64_t kManyRows = 64;
 
 inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
 
-// run(item) for every item, handed out one by one to threads: what a thread loses to other processes, or to a dearer
-// item, the others make up for. Items should be large beside an atomic increment.
+// run(item, next) for every item, handed out one by one to threads: what a thread loses to other processes, or to a
+// dearer item, the others make up for. Items should be large beside an atomic increment. `next` is what the thread
+// will run after this, so that it can ask memory for it in time; none is left if it is `items`.
 template <typename F>
 void share_out(int64_t items, int64_t work_per_item, const F& run) {
   const int64_t threads = std::min<int64_t>({at::get_num_threads(), items, items * work_per_item / kGrain + 1});
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> free{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item = next++; item < items; item = next++) run(item);
+    for (int64_t item = free++, next; item < items; item = next) {
+      next = std::min<int64_t>(free++, items);
+      run(item, next);
+    }
   });
 }
 

@@ -52,26 +52,32 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
   const int64_t num_items = num_units + static_cast<int64_t>(shrinks.size());
   int64_t work = rank_rows * d_in;
   for (const ProductUnit& unit : units) work += (unit.end - unit.begin) * d_in * tokens;
-  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item) {
+  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item, int64_t next) {
+    // The matrices of adapters are small: without this, each would begin by waiting for memory.
+    if (next >= num_units && next < num_items) prefetch_shrink<T>(shrinks[next - num_units], d_in);
     if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
     const ProductUnit& unit = units[item];
     multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end);
   });
   if (shrinks.empty()) return;
 
-  struct ExpandUnit {
-    size_t product;
-    int64_t begin;
-  };
-  std::vector<ExpandUnit> expands;
+  std::vector<std::pair<size_t, int64_t>> expands;
   for (size_t i = 0; i < products.size(); ++i) {
     if (additions[i].count == 0) continue;
-    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) expands.push_back({i, c});
+    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) expands.emplace_back(i, c);
   }
-  share_out(static_cast<int64_t>(expands.size()), rank_rows * kExpandAtOnce, [&](int64_t item) {
+  const auto unit = [&](int64_t item) {
     const auto [i, begin] = expands[item];
+    const Additions& a = additions[i];
     const int64_t end = std::min(begin + kExpandAtOnce, products[i].d_out);
-    expand(additions[i].entries, additions[i].count, additions[i].h, products[i].y, products[i].d_out, begin, end);
+    return ExpandUnit<T>{a.entries, a.count, a.h, products[i].y, products[i].d_out, begin, end};
+  };
+  const int64_t num_expands = static_cast<int64_t>(expands.size());
+  share_out(num_expands, rank_rows * kExpandAtOnce, [&](int64_t item, int64_t next) {
+    const ExpandUnit<T> here = unit(item);
+    if (next == num_expands) return expand<T>(here, nullptr);
+    const ExpandUnit<T> after = unit(next);
+    expand<T>(here, &after);
   });
 }
 

@@ -68,26 +68,65 @@ void shrink(const ShrinkUnit& unit, const PreparedRows<T>& x, int64_t d_in) {
   }
 }
 
-// Columns [begin, end) of y, to which h B is added for every entry of one linear.
 template <typename T>
-void expand(const LoraEntry* entries, int64_t count, const float* h, T* y, int64_t d_out, int64_t begin, int64_t end) {
+void prefetch_shrink(const ShrinkUnit& unit, int64_t d_in) {
+  if (unit.token == 0) {
+    prefetch_rows(reinterpret_cast<const T*>(unit.entry->a) + unit.row * d_in, d_in, unit.num_rows, d_in);
+  }
+}
+
+// Columns [begin, end) of y [tokens, d_out], to which h B is added for every entry of one linear.
+template <typename T>
+struct ExpandUnit {
+  const LoraEntry* entries;
+  int64_t count;
+  const float* h;
+  T* y;
+  int64_t d_out, begin, end;
+};
+
+// Entries from `first` on that apply to the same tokens; returns where they end.
+inline int64_t same_segment(const LoraEntry* entries, int64_t first, int64_t count) {
+  int64_t last = first + 1;
+  while (last < count && same_tokens(entries[last], entries[first])) ++last;
+  return last;
+}
+
+// Tiles take a few columns of every row of B at a time, from memory the worst order there is. So each segment's part is
+// asked for while the one before is added.
+template <typename T>
+void prefetch_expand(const ExpandUnit<T>& unit, int64_t first) {
+  for (int64_t i = first, last = same_segment(unit.entries, first, unit.count); i < last; ++i) {
+    prefetch_rows(reinterpret_cast<const T*>(unit.entries[i].b) + unit.begin, unit.d_out, unit.entries[i].rank,
+                  unit.end - unit.begin);
+  }
+}
+
+// `next` is what the thread adds after this, if anything.
+template <typename T>
+void expand(const ExpandUnit<T>& unit, const ExpandUnit<T>* next) {
   thread_local std::vector<Run<T>> runs;
   thread_local std::vector<T*> rows;
-  for (int64_t first = 0, last = 0; first < count; first = last) {
-    const int64_t length = entries[first].end - entries[first].start;
+  const float* h = unit.h;
+  for (int64_t first = 0, last = 0; first < unit.count; first = last) {
+    last = same_segment(unit.entries, first, unit.count);
+    if (last < unit.count) {
+      prefetch_expand(unit, last);
+    } else if (next) {
+      prefetch_expand(*next, 0);
+    }
+    const int64_t length = unit.entries[first].end - unit.entries[first].start;
     runs.clear();
     rows.clear();
-    for (; last < count && same_tokens(entries[last], entries[first]); ++last) {
-      const T* b = reinterpret_cast<const T*>(entries[last].b);
-      // Tiles take a few columns of every row at a time, from memory the worst order there is.
-      prefetch_rows(b + begin, d_out, entries[last].rank, end - begin);
-      runs.push_back({b, h, entries[last].rank, entries[last].rank});
-      h += length * entries[last].rank;
+    for (int64_t i = first; i < last; ++i) {
+      const LoraEntry& e = unit.entries[i];
+      runs.push_back({reinterpret_cast<const T*>(e.b), h, e.rank, e.rank});
+      h += length * e.rank;
     }
-    for (int64_t t = 0; t < length; ++t) rows.push_back(y + (entries[first].start + t) * d_out);
-    for (int64_t column = begin; column < end; column += kExpandColumns) {
-      axpy(rows.data(), length, true, runs.data(), static_cast<int64_t>(runs.size()), d_out, column,
-           std::min(column + kExpandColumns, end));
+    for (int64_t t = 0; t < length; ++t) rows.push_back(unit.y + (unit.entries[first].start + t) * unit.d_out);
+    for (int64_t column = unit.begin; column < unit.end; column += kExpandColumns) {
+      axpy(rows.data(), length, true, runs.data(), static_cast<int64_t>(runs.size()), unit.d_out, column,
+           std::min(column + kExpandColumns, unit.end));
     }
   }
 }
