@@ -126,6 +126,12 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
       }
     }
   }
+  if (kv_head + 1 < shape.num_kv_heads && !scratch.slot_runs.empty()) {
+    // While weights are made and values added, memory fetches what the next head begins with.
+    const SlotRun& run = scratch.slot_runs.front();
+    prefetch_rows(keys + run.slot * key_stride + (kv_head + 1) * shape.key_dim, key_stride,
+                  std::min<int64_t>(kGroupRows, run.length), shape.key_dim);
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = unit.position + r / group;
     const int64_t first = params.window ? std::max(begin, position - params.window + 1) - begin : 0;
@@ -212,17 +218,25 @@ inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key
       work += count * s[1];
     }
   }
+  // A sequence's heads lie side by side, so a thread takes several of them at once: what the processor fetches beside
+  // one is the next one's. As many as leave every thread enough items.
   const int64_t num_units = static_cast<int64_t>(units.size());
-  const int64_t num_items = num_units * shape.num_kv_heads;
+  const int64_t items_wanted = 4 * at::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>((items_wanted + num_units - 1) / std::max<int64_t>(1, num_units), 1,
+                                            shape.num_kv_heads);
+  const int64_t heads_at_once = (shape.num_kv_heads + parts - 1) / parts;
+  const int64_t num_items = num_units * parts;
   const int64_t item_work = work * shape.num_heads * (shape.key_dim + shape.value_dim) / std::max<int64_t>(1, num_items);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, num_items, grain(item_work), [&](int64_t begin, int64_t end) {
-      AttentionScratch<T> scratch;
-      for (int64_t item = begin; item < end; ++item) {
-        // Head by head, so that each thread gets short and long contexts alike.
-        attend<T>(units[item % num_units], item / num_units, shape, params, rows.const_data_ptr<T>(),
-                  keys.const_data_ptr<T>(), values.const_data_ptr<T>(), sinks ? sinks->const_data_ptr<float>() : nullptr,
+    share_out(num_items, item_work, [&](int64_t item, int64_t) {
+      thread_local AttentionScratch<T> scratch;
+      const AttentionUnit& unit = units[item / parts];
+      const int64_t first = item % parts * heads_at_once;
+      const int64_t last = std::min(first + heads_at_once, shape.num_kv_heads);
+      for (int64_t head = first; head < last; ++head) {
+        attend<T>(unit, head, shape, params, rows.const_data_ptr<T>(), keys.const_data_ptr<T>(),
+                  values.const_data_ptr<T>(), sinks ? sinks->const_data_ptr<float>() : nullptr,
                   out.mutable_data_ptr<T>(), scratch);
       }
     });

@@ -18,6 +18,9 @@ namespace adapterd {
 // Below this many multiplications a product is done by one thread: waking another costs some microseconds.
 constexpr int64_t kGrain = 1 << 16;
 
+// What a thread takes of the weights at a time: some microseconds, so that at the end none waits long for the others.
+constexpr int64_t kUnitBytes = 1 << 16;
+
 constexpr int64_t kFewTokens = 48;
 constexpr int64_t kManyRows = 64;
 
@@ -70,10 +73,11 @@ struct Product {
   int64_t d_out;
 };
 
-// Rows [begin, end) of one product's weights, `group_rows` at a time.
+// Rows [begin, end) of one product's weights, `group_rows` at a time. `after` is as many rows which the thread
+// multiplies next, or null.
 template <typename T>
 void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t tokens, int64_t d_in,
-                   int64_t group_rows, int64_t begin, int64_t end) {
+                   int64_t group_rows, int64_t begin, int64_t end, const T* after) {
   thread_local std::vector<float> sums;
   sums.resize(tokens * group_rows);
   for (int64_t row = begin; row < end; row += group_rows) {
@@ -81,11 +85,11 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = 0; k < d_in; k += kChunk<T>) {
       const T* here = product.w + row * d_in + k;
-      const T* next = nullptr;
+      const T* next = after;
       if (k + kChunk<T> < d_in) {
         next = here + kChunk<T>;
-      } else if (row + 2 * group_rows <= product.d_out) {
-        next = product.w + (row + group_rows) * d_in;
+      } else if (row + group_rows < end) {
+        next = row + 2 * group_rows <= product.d_out ? product.w + (row + group_rows) * d_in : nullptr;
       }
       dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
                 group_rows, next);
@@ -108,12 +112,13 @@ struct ProductUnit {
 // All products cut into units. Many tokens do not fit the second cache: more rows are kept there instead, so that x
 // comes by less often.
 template <typename T>
-std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, int64_t tokens, int64_t* group_rows) {
+std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, int64_t tokens, int64_t d_in,
+                                       int64_t* group_rows) {
   int64_t total = 0;
   for (const Product<T>& product : products) total += product.d_out;
   const int64_t threads = at::get_num_threads();
   *group_rows = tokens > kFewTokens && total >= 4 * threads * kManyRows ? kManyRows : kGroupRows;
-  const int64_t groups_at_once = std::clamp<int64_t>(total / (*group_rows * threads * 8), 1, 8);
+  const int64_t groups_at_once = std::max<int64_t>(1, kUnitBytes / (*group_rows * d_in * static_cast<int64_t>(sizeof(T))));
   const int64_t step = *group_rows * groups_at_once;
   std::vector<ProductUnit> units;
   for (size_t i = 0; i < products.size(); ++i) {

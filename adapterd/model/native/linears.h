@@ -47,7 +47,7 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
 
   int64_t group_rows = 0;
   std::vector<ProductUnit> units;
-  if (multiply) units = product_units(products, tokens, &group_rows);
+  if (multiply) units = product_units(products, tokens, d_in, &group_rows);
   const int64_t num_units = static_cast<int64_t>(units.size());
   const int64_t num_items = num_units + static_cast<int64_t>(shrinks.size());
   int64_t work = rank_rows * d_in;
@@ -57,7 +57,11 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
     if (next >= num_units && next < num_items) prefetch_shrink<T>(shrinks[next - num_units], d_in);
     if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
     const ProductUnit& unit = units[item];
-    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end);
+    const T* after = nullptr;
+    if (next < num_units && units[next].begin + group_rows <= products[units[next].product].d_out) {
+      after = products[units[next].product].w + units[next].begin * d_in;
+    }
+    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end, after);
   });
   if (shrinks.empty()) return;
 
