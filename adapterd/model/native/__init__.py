@@ -29,7 +29,7 @@ _FLAGS = (
     # Fused multiply-add, but no reordering: with -ffast-math the tiles' sums are regrouped and spill (half the speed).
     "-ffp-contract=fast",
     "-fno-math-errno",
-    "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-Wall",
     "-Wno-psabi",
@@ -77,8 +77,6 @@ def build() -> Path:
         headers = [torch_root / "include", torch_root / "include" / "torch" / "csrc" / "api" / "include"]
         include = [argument for header in headers for argument in ("-isystem", str(header))]
         _run([compiler, *_flags(), *include, "-c", str(_SOURCES / "ops.cpp"), "-o", str(objects)])
-        # Linked without -fopenmp: it would bring the system's OpenMP beside the one that torch carries, and with
-        # it a second pool of threads that fights the first and does not know of torch.set_num_threads.
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
         _run([compiler, "-shared", str(objects), *libraries, "-o", str(unfinished)])
         unfinished.rename(target)

@@ -29,7 +29,7 @@ inline at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& up) {
     const auto product = [](Pair a, Pair b) -> Pair { return {silu(a.a) * b.a, silu(a.b) * b.b}; };
     const int64_t n = gate.numel();
     const int64_t blocks = (n + kBlock - 1) / kBlock;
-    at::parallel_for(0, blocks, grain(16 * kBlock), [&](int64_t begin, int64_t end) {
+    share_ranges(blocks, 16 * kBlock, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin * kBlock; k < std::min(end * kBlock, n); k += kBlock) {
         if (k + kBlock <= n) {
           store_pair(y + k, product(load_pair(g + k), load_pair(u + k)));

@@ -43,7 +43,7 @@ inline void rotate(at::Tensor& x, int64_t dim, const std::optional<at::Tensor>& 
   const int64_t heads = x.numel() / std::max<int64_t>(1, tokens * dim);
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, tokens, grain(4 * heads * dim), [&](int64_t begin, int64_t end) {
+    share_ranges(tokens, 4 * heads * dim, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(dim);
       for (int64_t t = begin; t < end; ++t) {
         rotate_heads(x.mutable_data_ptr<T>() + t * heads * dim, heads, dim,

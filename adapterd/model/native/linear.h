@@ -3,43 +3,22 @@
 
 #pragma once
 
+#include "threads.h"
 #include "tiles.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
-#include <atomic>
 #include <optional>
 #include <vector>
 
 namespace adapterd {
-
-// Below this many multiplications a product is done by one thread: waking another costs some microseconds.
-constexpr int64_t kGrain = 1 << 16;
 
 // What a thread takes of the weights at a time: some microseconds, so that at the end none waits long for the others.
 constexpr int64_t kUnitBytes = 1 << 16;
 
 constexpr int64_t kFewTokens = 48;
 constexpr int64_t kManyRows = 64;
-
-inline int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_item)); }
-
-// run(item, next) for every item, handed out one by one to threads: what a thread loses to other processes, or to a
-// dearer item, the others make up for. Items should be large beside an atomic increment. `next` is what the thread
-// will run after this, so that it can ask memory for it in time; none is left if it is `items`.
-template <typename F>
-void share_out(int64_t items, int64_t work_per_item, const F& run) {
-  const int64_t threads = std::min<int64_t>({at::get_num_threads(), items, items * work_per_item / kGrain + 1});
-  std::atomic<int64_t> free{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item = free++, next; item < items; item = next) {
-      next = std::min<int64_t>(free++, items);
-      run(item, next);
-    }
-  });
-}
 
 // Rows of x as every tile reads them.
 template <typename T>
@@ -58,7 +37,7 @@ PreparedRows<T> prepare_rows(const T* x, int64_t tokens, int64_t n) {
   const int64_t stride = prepared_stride(n);
   at::Tensor storage = at::empty({tokens * stride * static_cast<int64_t>(sizeof(Prepared<T>))}, at::kByte);
   auto* out = reinterpret_cast<Prepared<T>*>(storage.mutable_data_ptr<uint8_t>());
-  at::parallel_for(0, tokens, grain(n), [&](int64_t begin, int64_t end) {
+  share_ranges(tokens, n, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) prepare_row(x + t * n, n, out + t * stride);
   });
   return {storage, out, stride};

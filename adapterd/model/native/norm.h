@@ -34,7 +34,7 @@ inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double
   const int64_t n = weight.size(0);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    at::parallel_for(0, n ? rows.numel() / n : 0, grain(4 * n), [&](int64_t begin, int64_t end) {
+    share_ranges(n ? rows.numel() / n : 0, 4 * n, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         rms_norm_row(rows.const_data_ptr<T>() + r * n, weight.const_data_ptr<T>(), n, static_cast<float>(eps),
                      static_cast<float>(offset), y.mutable_data_ptr<T>() + r * n);
