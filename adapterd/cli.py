@@ -29,7 +29,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(build_parser().parse_args(argv))
     command: Callable[[dict[str, Any]], int] = arguments.pop("run")
     try:
         return command(arguments)
@@ -95,7 +95,7 @@ def _settings(settings: type[S], flags: dict[str, Any]) -> S:
     return loaded
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adapterd", description="One frozen base language model, many LoRA adapters, one batch."
     )
