@@ -5,27 +5,31 @@ read or waited for here but the database's own write.
 """
 
 import threading
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId, AdapterMix
+from adapterd.core import AdapterEvents, AdapterId, AdapterMix, LoadedName
 from adapterd.database import Database
 from adapterd.errors import Unavailable
-from adapterd.names import NameRecord, State
+from adapterd.names import NameRecord, State, Version
 from adapterd.versions import HostVersions, Lease
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Counters of the weights in host memory."""
+    """Counters of the weights in host memory. `median_bytes` is of all current versions, in memory or not;
+    `num_changes` is another number whenever names or what is in memory may have changed."""
 
     max_bytes: int | None
     num_bytes: int
     num_hits: int
     num_misses: int
     num_evictions: int
+    median_bytes: int
+    num_changes: int
 
 
 class Catalog:
@@ -33,13 +37,21 @@ class Catalog:
     name means any more and nobody holds."""
 
     def __init__(
-        self, database: Database, *, host_bytes: int | None, on_drop: Callable[[AdapterId], None]
+        self,
+        database: Database,
+        *,
+        host_bytes: int | None,
+        on_drop: Callable[[AdapterId], None],
+        events: AdapterEvents | None = None,
     ) -> None:
         self._database = database
         self._on_drop = on_drop
         self._changed = threading.Condition()  # guards all below
         self._names: dict[str, NameRecord] = {}
-        self._host = HostVersions(host_bytes)
+        self._host = HostVersions(host_bytes, events=events)
+        self._meanings: dict[AdapterId, dict[str, NameRecord]] = {}  # by spelling: NAME, or NAME@ALIAS
+        self._sizes: list[int] = []  # of the current versions, sorted
+        self._num_puts = 0
         self._num_wanted: Counter[AdapterId] = Counter()
         self._pinned_names: set[str] = set()
 
@@ -132,7 +144,23 @@ class Catalog:
         with self._changed:
             host = self._host
             return HostMemory(
-                host.max_bytes, host.num_bytes, host.num_hits, host.num_misses, host.num_evictions
+                max_bytes=host.max_bytes,
+                num_bytes=host.num_bytes,
+                num_hits=host.num_hits,
+                num_misses=host.num_misses,
+                num_evictions=host.num_evictions,
+                median_bytes=self._sizes[len(self._sizes) // 2] if self._sizes else 0,
+                num_changes=self._num_puts + host.num_changes,
+            )
+
+    def loaded(self, on_device: Collection[AdapterId]) -> tuple[LoadedName, ...]:
+        """Every spelling of a version that is in host memory or one of these."""
+        with self._changed:
+            return tuple(
+                LoadedName(spelling, adapter_id, version.rank, record.is_pinned)
+                for adapter_id in dict.fromkeys((*on_device, *self._host.ids()))
+                for spelling, record in self._meanings.get(adapter_id, {}).items()
+                for version in (_meanings(record)[spelling],)
             )
 
     def check_integrity(self) -> None:
@@ -146,6 +174,8 @@ class Catalog:
 
     def _account(self, before: NameRecord, after: NameRecord) -> Sequence[AdapterId]:
         """Count who is meant by names now; the versions to tell `on_drop` of."""
+        self._num_puts += 1
+        self._note_meanings(before, after)
         self._num_wanted.update(after.wanted - before.wanted)
         self._num_wanted.subtract(before.wanted - after.wanted)
         unwanted = [i for i in before.wanted - after.wanted if not self._num_wanted[i]]
@@ -161,6 +191,19 @@ class Catalog:
             if adapter_id not in self._num_wanted:
                 self._host.discard(adapter_id)
         return [adapter_id for adapter_id in unwanted if not self._host.is_held(adapter_id)]
+
+    def _note_meanings(self, before: NameRecord, after: NameRecord) -> None:
+        for spelling, version in _meanings(before).items():
+            names = self._meanings[version.id]
+            del names[spelling]
+            if not names:
+                del self._meanings[version.id]
+        for spelling, version in _meanings(after).items():
+            self._meanings.setdefault(version.id, {})[spelling] = after
+        if before.current_version is not None:
+            del self._sizes[bisect_left(self._sizes, before.current_version.num_bytes)]
+        if after.current_version is not None:
+            insort(self._sizes, after.current_version.num_bytes)
 
     def _pin(self, record: NameRecord) -> None:
         if record.is_pinned:
@@ -182,3 +225,11 @@ class Catalog:
     def _tell(self, dropped: Sequence[AdapterId]) -> None:
         for adapter_id in dropped:
             self._on_drop(adapter_id)
+
+
+def _meanings(record: NameRecord) -> Mapping[str, Version]:
+    """What each spelling of a name means: NAME, and NAME@ALIAS."""
+    if record.current_version is None:
+        return {}
+    aliases = {f"{record.name}@{alias}": record.versions[number] for alias, number in record.aliases.items()}
+    return {record.name: record.current_version, **aliases}

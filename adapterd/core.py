@@ -7,7 +7,7 @@ without a change of vocabulary.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, NewType
+from typing import Literal, NewType, Protocol
 
 RequestId = NewType("RequestId", str)
 AdapterDigest = NewType("AdapterDigest", str)
@@ -230,7 +230,8 @@ class EngineStats:
     """Counters of the engine, copied whole between two steps; readable from any thread.
 
     Held memory belongs to sequences that are running. Cached KV blocks and idle resident adapters are not
-    held: the next request may take their place.
+    held: the next request may take their place. `resident_bytes` are those of each of `resident`; `waiting`
+    tells the queue by what its sequences run.
     """
 
     num_waiting: int
@@ -243,6 +244,8 @@ class EngineStats:
     adapter_bytes_resident: int
     adapter_bytes_held: int
     resident: tuple[AdapterId, ...]
+    resident_bytes: tuple[int, ...]
+    waiting: tuple[tuple[AdapterMix, int], ...]
     num_steps: int
     num_tokens_computed: int
     num_preemptions: int
@@ -259,6 +262,8 @@ class RegistryStats:
     """Counters of the registry: names by state, and the host memory that weights are kept in.
 
     `host_bytes_total` is None without a limit. A miss is a request whose adapter had to be read first.
+    `median_bytes` is the size of the adapters that can be asked for, 0 if there are none. `num_changes` is
+    another number whenever names or the weights in memory may have changed.
     """
 
     num_ready: int
@@ -270,3 +275,49 @@ class RegistryStats:
     num_host_evictions: int
     num_reads: int
     read_seconds: float
+    median_bytes: int
+    num_changes: int
+
+
+@dataclass(frozen=True)
+class ServerStats:
+    """What only the server knows. `reading`: requests that wait for an adapter's weights to be read, by name."""
+
+    reading: tuple[tuple[str, int], ...]
+    is_ready: bool
+    is_draining: bool
+
+
+@dataclass(frozen=True)
+class LoadedName:
+    """A name, or NAME@ALIAS, that means a version whose weights are in memory, on the device or on the host."""
+
+    spelling: str
+    id: AdapterId
+    rank: int
+    is_pinned: bool
+
+
+Tier = Literal["device", "host", "disk"]
+"""Where an adapter's weights can lie. They are loaded into one: to the device from the host, to the host from
+disk, to the disk from elsewhere."""
+
+
+class AdapterEvents(Protocol):
+    """Who is told what becomes of adapters' weights, as it happens. Called from any thread; never waits."""
+
+    def adapter_wanted(self, name: str, *, is_resident: bool) -> None:
+        """A sequence was admitted whose adapter was on the device, or had to be moved there first."""
+        ...
+
+    def adapter_loaded(self, name: str, tier: Tier, seconds: float) -> None: ...
+
+    def adapter_evicted(self, name: str, tier: Tier) -> None: ...
+
+
+class Unobserved:
+    """AdapterEvents that nobody wants to know."""
+
+    def adapter_wanted(self, name: str, *, is_resident: bool) -> None: ...
+    def adapter_loaded(self, name: str, tier: Tier, seconds: float) -> None: ...
+    def adapter_evicted(self, name: str, tier: Tier) -> None: ...

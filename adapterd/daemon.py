@@ -14,6 +14,7 @@ from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fit
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
 from adapterd.errors import BaseRefused
+from adapterd.metrics import Metrics
 from adapterd.model.base import DeviceName, DtypeName, find_base, load_base
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
@@ -42,8 +43,16 @@ class DaemonSettings(EngineSizes, Protocol):
 class Daemon:
     """The parts, and the order in which they start and stop."""
 
-    def __init__(self, spec: BaseSpec, renderer: Renderer, registry: AdapterRegistry, engine: Engine) -> None:
+    def __init__(
+        self,
+        spec: BaseSpec,
+        renderer: Renderer,
+        registry: AdapterRegistry,
+        engine: Engine,
+        metrics: Metrics,
+    ) -> None:
         self.spec = spec
+        self.metrics = metrics
         self.renderer = renderer
         self.registry = registry
         self.engine = engine
@@ -71,8 +80,9 @@ class Daemon:
         vocabulary = Vocabulary(
             TokenTable(renderer.token_bytes, renderer.strips_leading_space), renderer.special_token_ids
         )
-        # The registry tells the engine which versions have gone, the engine asks the registry for weights:
-        # each is handed a late look-up of the other.
+        # The registry tells the engine which versions have gone, the engine asks the registry for weights, both
+        # tell the metrics what happens: each is handed a late look-up of the others.
+        metrics = Metrics(spec.name, lambda: engine.stats(), lambda: registry)
         registry = AdapterRegistry(
             spec,
             settings.adapters,
@@ -82,9 +92,10 @@ class Daemon:
             check=lambda adapter: check_fits(runner, adapter),
             database=database,
             host_bytes=host_bytes(settings.host_memory),
+            events=metrics,
         )
-        runner, engine = build_engine(base, vocabulary, registry.weights, settings)
-        return cls(spec, renderer, registry, engine)
+        runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
+        return cls(spec, renderer, registry, engine, metrics)
 
     def generate(self, requests: Sequence[Request]) -> dict[tuple[RequestId, int], Finished]:
         """Run requests to their end in this thread, by (request id, index). The engine must not be started."""

@@ -102,8 +102,12 @@ class Unavailable(AdapterdError):
 
 
 class BeingRead(Unavailable):
-    """Who can wait asks again when `done` is, and keeps its result until then: the weights, or the error."""
+    """Who can wait asks again when `done` is, and keeps its result until then: the weights, or the error.
 
-    def __init__(self, message: str, *, done: "Future[object]") -> None:
+    `name` is the adapter's.
+    """
+
+    def __init__(self, message: str, *, name: str, done: "Future[object]") -> None:
         super().__init__(message)
+        self.name = name
         self.done = done

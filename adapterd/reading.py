@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapterd.adapter import Adapter, read_adapter
-from adapterd.core import BaseSpec
+from adapterd.core import AdapterEvents, BaseSpec, Unobserved
 from adapterd.errors import AdapterdError, AdapterRefused, ConfigError, InvalidRequest
 from adapterd.model_name import shown
 from adapterd.names import Version
@@ -32,6 +32,7 @@ class AdapterReader:
         tokenizer: TokenizerIdentity,
         base_fingerprint: str | None = None,
         check: Callable[[Adapter], None] = lambda adapter: None,
+        events: AdapterEvents | None = None,
     ) -> None:
         """`check` raises AdapterRefused for an adapter that can never fit. Raises ConfigError for no directory."""
         for directory in directories:
@@ -42,6 +43,7 @@ class AdapterReader:
         self._tokenizer = tokenizer
         self._base_fingerprint = base_fingerprint
         self._check = check
+        self._events: AdapterEvents = Unobserved() if events is None else events
         self._lock = threading.Lock()
         self.num_reads = 0
         self.seconds = 0.0
@@ -71,9 +73,11 @@ class AdapterReader:
             root=root,
         )
         self._check(adapter)
+        seconds = time.monotonic() - began
         with self._lock:
             self.num_reads += 1
-            self.seconds += time.monotonic() - began
+            self.seconds += seconds
+        self._events.adapter_loaded(name, "host", seconds)
         return adapter
 
     def try_read(self, name: str, directory: Path, root: Path) -> Adapter | str:

@@ -7,7 +7,7 @@ is to be read when, `reading.py` reads it. Changes of one name take turns; reque
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
 from adapterd.composition import ResolvedModel, compose, resolve_base
-from adapterd.core import AdapterId, AdapterMix, BaseSpec, RegistryStats
+from adapterd.core import AdapterEvents, AdapterId, AdapterMix, BaseSpec, LoadedName, RegistryStats
 from adapterd.database import Database
 from adapterd.errors import (
     AdapterRefused,
@@ -75,6 +75,7 @@ class AdapterRegistry:
         check: Callable[[Adapter], None] = lambda adapter: None,
         database: Database | None = None,
         host_bytes: int | None = None,
+        events: AdapterEvents | None = None,
     ) -> None:
         """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left.
 
@@ -83,10 +84,15 @@ class AdapterRegistry:
         """
         self._spec = spec
         self._reader = AdapterReader(
-            spec, directories, tokenizer=tokenizer, base_fingerprint=base_fingerprint, check=check
+            spec,
+            directories,
+            tokenizer=tokenizer,
+            base_fingerprint=base_fingerprint,
+            check=check,
+            events=events,
         )
         self._database = Database(None) if database is None else database
-        self._catalog = Catalog(self._database, host_bytes=host_bytes, on_drop=on_drop)
+        self._catalog = Catalog(self._database, host_bytes=host_bytes, on_drop=on_drop, events=events)
         self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
         self._watcher = FolderWatcher(self._reader.roots, self, self._pool, poll_seconds=poll_seconds)
         # One of a fixed number of locks per name: changes of one name take turns, a flood of names costs nothing.
@@ -266,6 +272,10 @@ class AdapterRegistry:
         records = sorted(self._catalog.records(), key=lambda record: record.name)
         return tuple(self._as_seen(record) for record in records if record.state != "ABSENT")
 
+    def loaded(self, on_device: Collection[AdapterId]) -> tuple[LoadedName, ...]:
+        """Every name and NAME@ALIAS that now means a version in host memory or one of these."""
+        return self._catalog.loaded(on_device)
+
     def stats(self) -> RegistryStats:
         states, host = self._catalog.num_by_state(), self._catalog.host_memory()
         return RegistryStats(
@@ -278,6 +288,8 @@ class AdapterRegistry:
             num_host_evictions=host.num_evictions,
             num_reads=self._reader.num_reads,
             read_seconds=self._reader.seconds,
+            median_bytes=host.median_bytes,
+            num_changes=host.num_changes,
         )
 
     def check_integrity(self) -> None:
@@ -336,6 +348,7 @@ class AdapterRegistry:
         if adapter is None:
             raise BeingRead(
                 f"the weights of {part.name!r} are being read; try again in a moment",
+                name=part.name,
                 done=self._reading(version),
             )
         return adapter

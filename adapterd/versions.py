@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId
+from adapterd.core import AdapterEvents, AdapterId, Unobserved
 from adapterd.errors import Unavailable
 
 
 class HostVersions:
     """`max_bytes` None: no limit."""
 
-    def __init__(self, max_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, *, events: AdapterEvents | None = None) -> None:
         self.max_bytes = max_bytes
+        self._events: AdapterEvents = Unobserved() if events is None else events
         self._kept: OrderedDict[AdapterId, Adapter] = OrderedDict()  # longest unused first
         self._held: dict[AdapterId, tuple[Adapter, int]] = {}
         self._pinned: frozenset[AdapterId] = frozenset()
@@ -28,6 +29,11 @@ class HostVersions:
         self.num_misses = 0
         self.num_evictions = 0
         self.num_bytes = 0
+        self.num_changes = 0
+
+    def ids(self) -> tuple[AdapterId, ...]:
+        """Every version here, those longest unused last."""
+        return tuple(dict.fromkeys((*self._held, *reversed(self._kept))))
 
     def __len__(self) -> int:
         return len(self._kept.keys() | self._held.keys())
@@ -48,6 +54,7 @@ class HostVersions:
             self.num_bytes += adapter.num_bytes
         elif adapter.id not in self._kept and adapter.id not in self._held:
             self.num_bytes += known.num_bytes
+        self.num_changes += adapter.id not in self
         self._kept[adapter.id] = known
         self._kept.move_to_end(adapter.id)
         self._evict(spare=adapter.id)
@@ -71,6 +78,7 @@ class HostVersions:
             )
         if adapter_id not in self:
             self.num_bytes += adapter.num_bytes
+            self.num_changes += 1
         _, count = self._held.get(adapter_id, (adapter, 0))
         self._held[adapter_id] = adapter, count + 1
 
@@ -82,6 +90,7 @@ class HostVersions:
             return False
         if adapter_id not in self._kept:
             self.num_bytes -= adapter.num_bytes
+            self.num_changes += 1
         self._evict()
         return True
 
@@ -94,6 +103,7 @@ class HostVersions:
         if adapter is None or adapter_id in self._held:
             return 0
         self.num_bytes -= adapter.num_bytes
+        self.num_changes += 1
         return adapter.num_bytes
 
     def pin(self, adapter_ids: Iterable[AdapterId]) -> None:
@@ -121,6 +131,7 @@ class HostVersions:
             if adapter_id not in self._held and adapter_id not in self._pinned and adapter_id != spare:
                 self.discard(adapter_id)
                 self.num_evictions += 1
+                self._events.adapter_evicted(adapter_id.name, "host")
 
 
 class Lease:

@@ -13,7 +13,8 @@ PACKAGE = Path(adapterd.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below. Of the two in the middle,
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("core", "config", "errors", "metrics", "__init__"),
+    ("core", "config", "errors", "__init__"),
+    ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
     ("peft_config", "sidecars", "tensor_file", "token_table", "model_name"),
     ("adapter", "adapter_writer", "render"),
     ("composition", "versions", "watch"),
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 NO_TORCH = (
-    *("core", "config", "errors", "metrics", "server", "cli"),
+    *("core", "config", "errors", "metrics", "series", "residency", "server", "cli"),
     *("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs"),
     "engine.engine",
 )

@@ -1,14 +1,28 @@
 """Every series, and what a request adds to them."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from adapterd.core import EngineStats, Output, Request, RequestId, SamplingParams
-from adapterd.metrics import MAX_ADAPTER_LABELS, SERIES, Metrics
-from tests.server.fakes import REGISTRY_STATS, STATS
+from adapterd.core import (
+    AdapterId,
+    EngineStats,
+    LoadedName,
+    Output,
+    RegistryStats,
+    Request,
+    RequestId,
+    SamplingParams,
+    ServerStats,
+)
+from adapterd.metrics import MAX_ADAPTER_LABELS, Metrics
+from adapterd.series import SERIES, markdown
+from tests.server.fakes import REGISTRY_STATS, STATS, SUPPORT
 
 REQUEST = Request(RequestId("a"), (1, 2, 3), SamplingParams(max_tokens=5), (), frozenset(), 0.0, 2)
 
@@ -26,47 +40,93 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
+class Names:
+    """A registry where each adapter that is anywhere in memory has one name."""
+
+    def __init__(self, *loaded: LoadedName) -> None:
+        self.names = loaded
+
+    def stats(self) -> RegistryStats:
+        return REGISTRY_STATS
+
+    def loaded(self, on_device: Collection[AdapterId]) -> Sequence[LoadedName]:
+        return self.names
+
+
+def make(
+    stats: Callable[[], EngineStats] = lambda: STATS, clock: Callable[[], float] | None = None
+) -> Metrics:
+    names = Names(LoadedName("support", SUPPORT, 8, False))
+    return Metrics("tiny", stats, lambda: names, clock=clock or time.monotonic)
+
+
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("tiny", lambda: STATS, lambda: REGISTRY_STATS)
+    return make()
 
 
 def test_every_declared_series_is_there_from_the_first_scrape(metrics: Metrics) -> None:
     text = metrics.render().decode()
     for series in SERIES:
-        name = series.name.removesuffix("_total") if series.kind == "counter" else series.name
-        assert f"# TYPE {name}" in text
+        assert f"# TYPE {series.name} {series.kind}\n" in text
 
 
-def test_the_three_gauges_of_the_endpoint_picker_are_one_series_each(metrics: Metrics) -> None:
-    text = metrics.render().decode()
-    for name, value in (
-        ("num_requests_waiting", "3.0"),
-        ("num_requests_running", "2.0"),
-        ("kv_cache_usage_perc", "0.4"),
-    ):
-        lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}")]
-        assert lines == [f'vllm:{name}{{model_name="tiny"}} {value}']
+@pytest.mark.parametrize(
+    "name", ["vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"]
+)
+def test_what_routers_take_the_first_of_is_one_series(metrics: Metrics, name: str) -> None:
+    metrics.record(("a",), [REQUEST]).close()
+    assert [labels for seen, labels in samples(metrics) if seen == name] == [("tiny",)]
 
 
-def test_the_registrys_counters_are_there(metrics: Metrics) -> None:
+def test_readings_of_engine_and_registry(metrics: Metrics) -> None:
     seen = samples(metrics)
-    assert seen["adapterd_host_adapter_bytes", ("tiny",)] == 100
+    assert seen["vllm:num_requests_waiting", ("tiny",)] == seen["adapterd_queue_requests", ("tiny",)] == 3
+    assert seen["vllm:kv_cache_usage_perc", ("tiny",)] == 0.4
+    assert seen["vllm:cache_config_info", ("tiny", "16", "10")] == 1
     assert seen["adapterd_host_adapter_misses_total", ("tiny",)] == 1
-    assert seen["adapterd_adapter_read_seconds_total", ("tiny",)] == 0.25
+    assert seen["process_resident_memory_bytes", ()] > 2**20
 
 
-def test_residency_is_one_series_under_both_spellings_and_moves_when_it_changes() -> None:
-    stats, now = STATS, 0.0
-    metrics = Metrics("tiny", lambda: stats, lambda: REGISTRY_STATS, clock=lambda: now)
-    labels = ("20", "tiny:support,support", "")
-    first = samples(metrics)["vllm:lora_requests_info", labels]
-    stats = replace(STATS, resident=(), adapter_bytes_resident=0)
-    now = 1.0
-    later = {key: value for key, value in samples(metrics).items() if key[0] == "vllm:lora_requests_info"}
-    ((_, changed_labels), changed) = next(iter(later.items()))
-    assert (len(later), changed_labels) == (1, ("2", "", ""))
-    assert changed >= first
+def test_requests_that_wait_for_weights_count_as_waiting(metrics: Metrics) -> None:
+    metrics.server_stats = lambda: ServerStats((("support", 2),), is_ready=True, is_draining=False)
+    metrics.record(("support",), [REQUEST]).close()
+    seen = samples(metrics)
+    assert seen["vllm:num_requests_waiting", ("tiny",)] == 5
+    assert seen["adapterd_adapter_queue_requests", ("support",)] == 2
+    assert seen["adapterd_ready", ("tiny",)] == 1
+
+
+def test_the_two_formats_say_the_same() -> None:
+    metrics = make(clock=lambda: 5.0)
+    metrics.record(("support",), [REQUEST]).close()
+    metrics.adapter_loaded("support", "host", 0.3)
+    families = openmetrics.text_string_to_metric_families(metrics.render("openmetrics").decode())
+    again = {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert again == samples(metrics)
+
+
+def test_what_becomes_of_adapters_is_counted_by_adapter_and_tier(metrics: Metrics) -> None:
+    metrics.record(("support",), [REQUEST])
+    metrics.adapter_wanted("support", is_resident=False)
+    metrics.adapter_wanted("support", is_resident=True)
+    metrics.adapter_wanted("support", is_resident=True)
+    metrics.adapter_loaded("support", "host", 0.25)
+    metrics.adapter_loaded("support", "device", 0.5)
+    metrics.adapter_evicted("support", "device")
+    seen = samples(metrics)
+    assert seen["adapterd_adapter_hits_total", ("support",)] == 2
+    assert seen["adapterd_adapter_misses_total", ("support",)] == 1
+    assert seen["adapterd_adapter_loads_total", ("support", "host")] == 1
+    assert seen["adapterd_adapter_load_seconds_total", ("support", "device")] == 0.5
+    assert seen["adapterd_adapter_evictions_total", ("support", "device")] == 1
+    assert seen["adapterd_adapter_bank_bytes", ("support",)] == 100
+    assert seen["vllm:lora_adapter_load_seconds_sum", ("tiny", "load")] == 0.25
+    assert seen["vllm:lora_adapter_load_seconds_sum", ("tiny", "activate")] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -92,7 +152,7 @@ def test_a_request_counts_once_by_how_it_ended(metrics: Metrics, outputs: list[O
 
 def test_first_token_and_gaps_are_timed() -> None:
     now = 10.0
-    metrics = Metrics("tiny", lambda: STATS, lambda: REGISTRY_STATS, clock=lambda: now)
+    metrics = make(clock=lambda: now)
     record = metrics.record((), [replace(REQUEST, arrival_seconds=9.0)])
     record.observe(output(0))
     now = 10.5
@@ -105,21 +165,47 @@ def test_first_token_and_gaps_are_timed() -> None:
 
 
 def test_names_of_adapters_are_bounded(metrics: Metrics) -> None:
-    labels = {metrics.adapter_label((f"adapter-{number}",)) for number in range(2 * MAX_ADAPTER_LABELS)}
-    assert len(labels) == MAX_ADAPTER_LABELS + 1
-    assert "other" in labels
-    assert metrics.adapter_label(("adapter-0",)) == "adapter-0"
+    for number in range(2 * MAX_ADAPTER_LABELS):
+        metrics.record((f"adapter-{number}",), [REQUEST]).close()
+    seen = samples(metrics)
+    for name in {series.name for series in SERIES if series.labels[:1] == ("adapter",)}:
+        labels = {labels[0] for sample, labels in seen if sample.startswith(name) and labels}
+        assert len(labels) <= MAX_ADAPTER_LABELS + 1, name
+    assert seen["adapterd_requests_total", ("other", "cancelled")] == MAX_ADAPTER_LABELS
+    assert seen["adapterd_requests_total", ("adapter-0", "cancelled")] == 1
 
 
-def test_a_scrape_soon_after_another_costs_nothing() -> None:
-    calls: list[None] = []
+def test_an_adapter_that_becomes_busy_takes_the_label_of_one_that_is_not() -> None:
+    now = 0.0
+    metrics = make(clock=lambda: now)
+    records = [metrics.record((f"adapter-{number}",), [REQUEST]) for number in range(MAX_ADAPTER_LABELS)]
+    late = [metrics.record(("late",), [REQUEST]) for _ in range(5)]
+    now = 11.0
+    late.append(metrics.record(("late",), [REQUEST]))
+    for record in (*records, *late):
+        record.close()
+    seen = samples(metrics)
+    assert seen["adapterd_requests_total", ("late", "cancelled")] == 6
+    assert seen["adapterd_requests_total", ("other", "cancelled")] == 1
+    ended = [labels for name, labels in seen if name == "adapterd_requests_total"]
+    assert len(ended) == MAX_ADAPTER_LABELS + 1
+
+
+def test_a_scrape_soon_after_another_costs_nothing_and_a_later_one_sees_what_changed() -> None:
+    stats, now, num_read = STATS, 0.0, 0
 
     def counted() -> EngineStats:
-        calls.append(None)
-        return STATS
+        nonlocal num_read
+        num_read += 1
+        return stats
 
-    stats: Callable[[], EngineStats] = counted
-    metrics = Metrics("tiny", stats, lambda: REGISTRY_STATS)
-    before = len(calls)
+    metrics = make(counted, clock=lambda: now)
     assert metrics.render() is metrics.render()
-    assert len(calls) == before + 1
+    assert num_read == 1
+    stats, now = replace(STATS, num_running=7), 0.03
+    assert samples(metrics)["vllm:num_requests_running", ("tiny",)] == 7
+
+
+def test_the_documented_table_is_the_one_that_is_served() -> None:
+    """`python -m adapterd.series` prints it anew."""
+    assert markdown() in (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()

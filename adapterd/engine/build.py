@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId, AdapterMix, FinishReason, Output, RequestId, TokenLogprobs
+from adapterd.core import AdapterEvents, AdapterId, AdapterMix, FinishReason, Output, RequestId, TokenLogprobs
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine, EngineMemory
 from adapterd.engine.scheduler import SchedulerLimits
@@ -81,6 +81,8 @@ def build_engine(
     vocabulary: Vocabulary,
     weights: Callable[[AdapterId], Adapter],
     settings: EngineSizes,
+    *,
+    events: AdapterEvents | None = None,
 ) -> tuple[Runner, Engine]:
     """A runner with its memory set aside, and an engine over it. `weights` finds those of a leased version."""
     num_kv_blocks = size_kv_pool(base, settings.kv_memory, settings.max_num_seqs)
@@ -92,6 +94,7 @@ def build_engine(
         adapter_bytes=adapter_bytes,
         max_num_seqs=settings.max_num_seqs,
         weights=in_use.get,
+        events=events,
     )
     memory = EngineMemory(
         num_kv_blocks=num_kv_blocks,
@@ -101,7 +104,9 @@ def build_engine(
         pages_of=runner.adapter_pages,
     )
     limits = SchedulerLimits(settings.max_num_batched_tokens, settings.max_num_seqs)
-    engine = Engine(runner, in_use, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue)
+    engine = Engine(
+        runner, in_use, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue, events=events
+    )
     if engine.max_model_len < base.spec.max_model_len:
         logger.warning(
             "KV memory holds %d tokens, so the context is limited to that; give more with --kv-memory",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapterd.core import (
+    AdapterEvents,
     AdapterId,
     AdapterMix,
     BaseSpec,
@@ -77,6 +78,7 @@ class Engine:
         *,
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
+        events: AdapterEvents | None = None,
     ) -> None:
         self._runner = runner
         self._weights = weights
@@ -86,7 +88,7 @@ class Engine:
         self._clock = clock
         self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
-        self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of)
+        self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
 
@@ -307,6 +309,8 @@ class Engine:
             adapter_bytes_resident=resident_pages * page_bytes,
             adapter_bytes_held=self._slots.num_held_pages * page_bytes,
             resident=self._slots.resident,
+            resident_bytes=tuple(pages * page_bytes for pages in self._slots.resident_pages),
+            waiting=tuple(self._scheduler.num_waiting_by_mix.items()),
             num_steps=self._num_steps,
             num_tokens_computed=self._num_tokens_computed,
             num_preemptions=self._scheduler.num_preemptions,

@@ -4,7 +4,7 @@ There is no prefill or decode: a step computes some of `num_tokens - num_compute
 chunks, a prefix found in the cache and a sequence that lost its memory are the same case.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Scheduler:
         self._limits = limits
         self._clock = clock
         self.waiting: deque[Sequence] = deque()
+        self.num_waiting_by_mix: Counter[AdapterMix] = Counter()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
@@ -45,6 +46,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
         self.waiting.append(sequence)
+        self.num_waiting_by_mix[sequence.mix] += 1
 
     def schedule(self) -> Batch:
         """The next step's batch: running sequences first, then as many waiting ones as fit."""
@@ -142,6 +144,7 @@ class Scheduler:
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         sequence.state = SequenceState.RUNNING
+        self._count_out(sequence)
         sequence.passed_by_since_seconds = None
         self.running.append(sequence)
 
@@ -160,12 +163,14 @@ class Scheduler:
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING
         self.waiting.appendleft(sequence)
+        self.num_waiting_by_mix[sequence.mix] += 1
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
             self._give_back(sequence)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
+            self._count_out(sequence)
         sequence.state = SequenceState.FINISHED
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -175,9 +180,16 @@ class Scheduler:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
+    def _count_out(self, sequence: Sequence) -> None:
+        """One less that waits. What nobody waits for has no entry, so that the books stay as small as the queue."""
+        self.num_waiting_by_mix[sequence.mix] -= 1
+        if not self.num_waiting_by_mix[sequence.mix]:
+            del self.num_waiting_by_mix[sequence.mix]
+
     def check_integrity(self) -> None:
         """Every held block is in the tables of running sequences, and the books below balance."""
         self._blocks.check_integrity()
         self._slots.check_integrity()
         held = {block for sequence in self.running for block in sequence.block_table}
         assert len(held) == self._blocks.num_held
+        assert self.num_waiting_by_mix == Counter(sequence.mix for sequence in self.waiting)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from adapterd.core import AdapterId, AdapterMix
+from adapterd.core import AdapterEvents, AdapterId, AdapterMix, Unobserved
 
 
 @dataclass
@@ -20,9 +20,16 @@ class _Resident:
 class AdapterSlots:
     """Pages booked by adapter. `pages_of` says what a version costs; it is asked when one becomes resident."""
 
-    def __init__(self, num_pages: int, pages_of: Callable[[AdapterId], int]) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        pages_of: Callable[[AdapterId], int],
+        *,
+        events: AdapterEvents | None = None,
+    ) -> None:
         self.num_pages = num_pages
         self._pages_of = pages_of
+        self._events: AdapterEvents = Unobserved() if events is None else events
         self._resident: OrderedDict[AdapterId, _Resident] = OrderedDict()  # longest unused first
         self._retired: set[AdapterId] = set()
         self._evictions: list[AdapterId] = []
@@ -30,6 +37,7 @@ class AdapterSlots:
         self.num_free_pages = num_pages
         self.num_held_pages = 0
         self.resident: tuple[AdapterId, ...] = ()
+        self.resident_pages: tuple[int, ...] = ()  # of each of `resident`
         self.num_uploads = 0
         self.num_evictions = 0
 
@@ -61,8 +69,9 @@ class AdapterSlots:
             self.num_held_pages += 0 if entry.num_holders else entry.num_pages
             entry.num_holders += 1
             self._resident.move_to_end(adapter_id)
+            self._events.adapter_wanted(adapter_id.name, is_resident=adapter_id not in missing)
         if missing:
-            self.resident = tuple(self._resident)
+            self._show_resident()
         return True
 
     def release(self, mix: AdapterMix) -> None:
@@ -93,13 +102,18 @@ class AdapterSlots:
 
     def _evict(self, adapter_id: AdapterId) -> None:
         self.num_free_pages += self._resident.pop(adapter_id).num_pages
-        self.resident = tuple(self._resident)
+        self._show_resident()
         self._retired.discard(adapter_id)
         if adapter_id in self._uploads:
             self._uploads.remove(adapter_id)
         else:
             self._evictions.append(adapter_id)
             self.num_evictions += 1
+            self._events.adapter_evicted(adapter_id.name, "device")
+
+    def _show_resident(self) -> None:
+        self.resident = tuple(self._resident)
+        self.resident_pages = tuple(entry.num_pages for entry in self._resident.values())
 
     def check_integrity(self) -> None:
         """free + resident = total, and held is what residents with holders take."""

@@ -4,6 +4,7 @@ It decides nothing: which sequences, blocks and adapters are in the batch was se
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import psutil
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId, Batch, SampledToken, Sequence
+from adapterd.core import AdapterEvents, AdapterId, Batch, SampledToken, Sequence, Unobserved
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
@@ -47,9 +48,11 @@ class Runner:
         adapter_bytes: int,
         max_num_seqs: int,
         weights: Callable[[AdapterId], Adapter],
+        events: AdapterEvents | None = None,
     ) -> None:
         self._base = base
         self._weights = weights
+        self._events: AdapterEvents = Unobserved() if events is None else events
         self.kv = KVPool(base.kv_shapes, num_kv_blocks, base.dtype, base.device)
         self.bank = LoraBank(base.spec.lora_targets, adapter_bytes, base.dtype, base.device)
         self._graphs = _graphs(base, self.kv, max_num_seqs, has_adapters=self.bank.num_pages > 0)
@@ -63,7 +66,9 @@ class Runner:
         for adapter_id in batch.evictions:
             self.bank.evict(adapter_id)
         for adapter_id in batch.uploads:
+            began = time.monotonic()
             self.bank.upload(self._weights(adapter_id))
+            self._events.adapter_loaded(adapter_id.name, "device", time.monotonic() - began)
             logger.info("adapter %s (%s) uploaded", adapter_id.name, adapter_id.digest[:12])
         if not batch.scheduled:
             return []

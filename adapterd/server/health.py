@@ -1,16 +1,11 @@
 """Probes, version and metrics: open to everyone, quick, and never waiting for the engine."""
 
-import time
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import adapterd
-from adapterd.metrics import CONTENT_TYPE
+from adapterd.exposition import CONTENT_TYPES, accepted_format
 from adapterd.server.state import ServerState
-
-MAX_STEP_SECONDS = 120.0
-"""An engine that shows no sign of life for longer is stuck; a step over a long prompt on a CPU is not."""
 
 
 class Health:
@@ -19,31 +14,19 @@ class Health:
 
     async def livez(self, request: Request) -> Response:
         """Red when only a restart helps: the engine failed or hangs."""
-        return _probe(self._dead())
+        return _probe(self._state.readiness.why_dead())
 
     async def readyz(self, request: Request) -> Response:
         """Red while the first adapters load, while draining, and when not live."""
-        return _probe(self._dead() or self._draining() or self._loading())
+        return _probe(self._state.why_unready())
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": adapterd.__version__})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._state.metrics.render(), headers={"content-type": CONTENT_TYPE})
-
-    def _dead(self) -> str | None:
-        stats = self._state.daemon.engine.stats()
-        if stats.failed is not None:
-            return "the engine failed"
-        if time.monotonic() - stats.heartbeat_seconds > MAX_STEP_SECONDS:
-            return "the engine hangs"
-        return None
-
-    def _draining(self) -> str | None:
-        return "shutting down" if self._state.drain.has_begun else None
-
-    def _loading(self) -> str | None:
-        return None if self._state.is_loaded() else "loading adapters"
+        format = accepted_format(request.headers.get("accept", ""))
+        body = self._state.metrics.render(format)
+        return Response(body, headers={"content-type": CONTENT_TYPES[format]})
 
 
 def _probe(reason: str | None) -> Response:

@@ -87,7 +87,7 @@ class DrainingServer(uvicorn.Server):
         if self._state.daemon.engine.stats().failed is not None:
             self._has_failed = True
             return True
-        if not self._is_announced and self._state.is_loaded():
+        if not self._is_announced and self._state.readiness.has_loaded():
             self._is_announced = True
             self._on_ready()
         return self._is_drained()

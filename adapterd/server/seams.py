@@ -1,6 +1,6 @@
 """What the server needs of the rooms beside it. Tests stand fakes here; `adapterd.daemon` has the real ones."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from adapterd.core import (
@@ -8,11 +8,13 @@ from adapterd.core import (
     AdapterMix,
     BaseSpec,
     EngineStats,
+    LoadedName,
     Output,
     RegistryStats,
     Request,
     RequestId,
 )
+from adapterd.metrics import Metrics
 
 
 class Engine(Protocol):
@@ -75,6 +77,7 @@ class Registry(Protocol):
     def pin(self, name: str, *, pinned: bool = True) -> AdapterEntry: ...
     def list(self) -> Sequence[AdapterEntry]: ...
     def stats(self) -> RegistryStats: ...
+    def loaded(self, on_device: Collection[AdapterId]) -> Sequence[LoadedName]: ...
 
 
 class Renderer(Protocol):
@@ -107,3 +110,5 @@ class Daemon(Protocol):
     def registry(self) -> Registry: ...
     @property
     def engine(self) -> Engine: ...
+    @property
+    def metrics(self) -> Metrics: ...

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
+from adapterd.core import ServerStats
 from adapterd.errors import BeingRead, Unavailable
-from adapterd.metrics import Metrics
+from adapterd.server.readiness import Readiness
 from adapterd.server.render_pool import RenderPool
 from adapterd.server.seams import Daemon, ResolvedModel
 from adapterd.server.streams import OutputStreams
@@ -49,13 +51,15 @@ class ServerState:
     def __init__(self, daemon: Daemon, *, max_queue: int = 1024) -> None:
         self.daemon = daemon
         self.spec = replace(daemon.spec, max_model_len=daemon.engine.max_model_len)
-        self.metrics = Metrics(daemon.spec.name, daemon.engine.stats, daemon.registry.stats)
+        self.metrics = daemon.metrics
+        self.metrics.server_stats = self.stats
         self.drain = Drain()
+        self.readiness = Readiness(daemon)
         self.created_unix = int(time.time())
         self.streams: OutputStreams
         self.render_pool: RenderPool
         self._max_queue = max_queue
-        self._has_loaded = False
+        self._num_reading: Counter[str] = Counter()  # requests that wait for weights, by adapter
 
     async def resolve(self, model: str) -> ResolvedModel:
         """What `model` names now; waits, off the engine's thread and for a bounded time, where weights are read."""
@@ -67,23 +71,38 @@ class ServerState:
                 # Shielded, for others wait for the same reading. The result is held until it is resolved, since
                 # host memory may be too small to keep it for nobody.
                 done = asyncio.shield(asyncio.wrap_future(reading.done))
-                try:
-                    kept = await asyncio.wait_for(done, deadline_seconds - time.monotonic())
-                except TimeoutError:
-                    raise reading from None
+                with self._reading(reading.name):
+                    try:
+                        kept = await asyncio.wait_for(done, deadline_seconds - time.monotonic())
+                    except TimeoutError:
+                        raise reading from None
                 assert kept is not None
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        self._num_reading[name] += 1
+        try:
+            yield
+        finally:
+            self._num_reading[name] -= 1
+            if not self._num_reading[name]:
+                del self._num_reading[name]
 
     def model_names(self) -> list[str]:
         """The base, then the adapters that are ready, as a request's `model` says them."""
         entries = self.daemon.registry.list()
         return [self.spec.name, *(f"{self.spec.name}:{e.name}" for e in entries if e.id is not None)]
 
-    def is_loaded(self) -> bool:
-        """Whether the adapters that were there at the start are read. True from then on: what loads or fails
-        later is that adapter's affair, not the server's."""
-        if not self._has_loaded:
-            self._has_loaded = all(entry.state != "LOADING" for entry in self.daemon.registry.list())
-        return self._has_loaded
+    def why_unready(self) -> str | None:
+        """Why /readyz is red, if it is."""
+        return self.readiness.why_unready(is_draining=self.drain.has_begun)
+
+    def stats(self) -> ServerStats:
+        return ServerStats(
+            reading=tuple(sorted(self._num_reading.items())),
+            is_ready=self.why_unready() is None,
+            is_draining=self.drain.has_begun,
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +12,7 @@ from adapterd.core import (
     AdapterMix,
     BaseSpec,
     EngineStats,
+    LoadedName,
     Output,
     RegistryStats,
     Request,
@@ -19,6 +20,7 @@ from adapterd.core import (
     TokenLogprobs,
 )
 from adapterd.errors import AdapterRefused, BeingRead, Conflict, InvalidRequest, ModelNotFound
+from adapterd.metrics import Metrics
 
 ANSWER = "Grüße!"
 SUPPORT = AdapterId(AdapterDigest("5a" * 32), "support")
@@ -45,6 +47,8 @@ STATS = EngineStats(
     adapter_bytes_resident=100,
     adapter_bytes_held=0,
     resident=(SUPPORT,),
+    resident_bytes=(100,),
+    waiting=(((), 3),),
     num_steps=5,
     num_tokens_computed=50,
     num_preemptions=1,
@@ -67,6 +71,8 @@ REGISTRY_STATS = RegistryStats(
     num_host_evictions=0,
     num_reads=1,
     read_seconds=0.25,
+    median_bytes=80,
+    num_changes=1,
 )
 
 
@@ -139,7 +145,7 @@ class FakeRegistry:
         if model in ("tiny", "base"):
             return FakeResolved()
         if self.readings:
-            raise BeingRead("the weights are being read", done=self.readings.pop())
+            raise BeingRead("the weights are being read", name="support", done=self.readings.pop())
         name = model.removeprefix("tiny:")
         if name not in self.entries:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
@@ -177,6 +183,13 @@ class FakeRegistry:
 
     def stats(self) -> RegistryStats:
         return REGISTRY_STATS
+
+    def loaded(self, on_device: Collection[AdapterId]) -> Sequence[LoadedName]:
+        return tuple(
+            LoadedName(entry.name, entry.id, 8, entry.is_pinned)
+            for entry in self.entries.values()
+            if entry.id is not None
+        )
 
     def list(self) -> Sequence[FakeEntry]:
         return tuple(self.entries.values())
@@ -283,3 +296,7 @@ class FakeDaemon:
     registry: FakeRegistry = field(default_factory=FakeRegistry)
     renderer: FakeRenderer = field(default_factory=FakeRenderer)
     spec: BaseSpec = SPEC
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.spec.name, lambda: self.engine.stats(), lambda: self.registry)

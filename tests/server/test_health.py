@@ -60,7 +60,20 @@ async def test_version(client: httpx.AsyncClient) -> None:
     assert (await client.get("/version")).json() == {"version": adapterd.__version__}
 
 
-async def test_metrics_are_plain_text_whatever_is_accepted(client: httpx.AsyncClient) -> None:
-    response = await client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+@pytest.mark.parametrize("accept", ["", "*/*", "application/vnd.google.protobuf;proto=x;encoding=delimited"])
+async def test_metrics_are_plain_text_by_default(client: httpx.AsyncClient, accept: str) -> None:
+    response = await client.get("/metrics", headers={"accept": accept})
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert 'vllm:num_requests_waiting{model_name="tiny"} 3.0' in response.text
+
+
+async def test_openmetrics_on_request(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert response.text.endswith("# EOF\n")
+
+
+async def test_metrics_answer_head(client: httpx.AsyncClient) -> None:
+    response = await client.head("/metrics")
+    assert (response.status_code, response.text) == (200, "")
+    assert int(response.headers["content-length"]) > 1000
