@@ -18,13 +18,12 @@ import torch
 
 from adapterd.core import AdapterDigest, AdapterId, BaseSpec
 from adapterd.errors import AdapterRefused
-from adapterd.peft_config import CONFIG_FILE, PeftConfig, parse_json_object, parse_peft_config
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from adapterd.peft_config import PeftConfig, parse_json_object, parse_peft_config
 from adapterd.sidecars import Sidecars, read_sidecars
 from adapterd.tensor_file import TensorEntry, open_regular, read_tensors
 from adapterd.token_table import TokenizerIdentity
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-SEAL_FILE = "adapterd.json"
 PREFIX = "base_model.model."
 _MAX_JSON_BYTES = 1 << 20
 _logger = logging.getLogger(__name__)

@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +16,7 @@ import adapterd
 from adapterd.config import (
     Bytes,
     EvalSettings,
+    PullSettings,
     S,
     ServeSettings,
     TrainSettings,
@@ -84,6 +87,29 @@ def evaluate(flags: dict[str, Any]) -> int:
     return 0
 
 
+def pull(flags: dict[str, Any]) -> int:
+    settings = _settings(PullSettings, flags)
+
+    from adapterd.sources.pull import Pulled, Puller
+
+    def report(pulled: Sequence[Pulled]) -> None:
+        for one in pulled:
+            if one.error is not None:
+                print(f"adapterd: {one.error}", file=sys.stderr)
+            if one.digest is not None:
+                print(f"{one.name} {one.digest} {'new' if one.is_new else 'unchanged'}", flush=True)
+
+    puller = Puller(settings)
+    if settings.watch:
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+        puller.watch(stop, report)
+        return 0
+    pulled = puller.pull()
+    report(pulled)
+    return EXIT_ERROR if any(one.error for one in pulled) else 0
+
+
 def version(flags: dict[str, Any]) -> int:
     print(f"adapterd {adapterd.__version__}")
     return 0
@@ -105,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         (ServeSettings, serve, "serve a base and its adapters under the OpenAI API"),
         (TrainSettings, train, "train an adapter from rows of chat messages"),
         (EvalSettings, evaluate, "measure adapters against the bare base on held-out rows"),
+        (PullSettings, pull, "fetch adapters into a directory that a daemon watches"),
     ):
         command = commands.add_parser(
             settings.command,
@@ -123,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         for field in sorted(
             settings.model_fields, key="log_level".__eq__
         ):  # what all commands share comes last
-            is_positional = settings is EvalSettings and field == "adapters"
+            is_positional = field == settings.positional
             _add_argument(command, field, settings.model_fields[field], is_positional=is_positional)
     commands.add_parser("version", help="print the version").set_defaults(run=version)
     return parser
@@ -157,6 +184,8 @@ def _metavar(info: FieldInfo) -> str:
         return "BYTES"
     if get_origin(info.annotation) is Literal:
         return "|".join(get_args(info.annotation))
+    if own := [name for name in info.metadata if isinstance(name, str)]:
+        return own[0]
     if takes_many(info.annotation):
         return "DIR" if Path in kinds else "NAME"
     for kind, metavar in ((Path, "PATH"), (int, "N"), (float, "X")):

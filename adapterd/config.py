@@ -51,6 +51,8 @@ def _split(separator: str) -> BeforeValidator:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Paths = Annotated[tuple[Path, ...], _split(os.pathsep)]
 Names = Annotated[tuple[str, ...], _split(",")]
+Sources = Annotated[Names, "SOURCE"]  # what the help calls one of them
+Patterns = Annotated[Names, "PATTERN"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -60,6 +62,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     command: ClassVar[str]
+    positional: ClassVar[str | None] = None
+    """The field that is given without a flag."""
 
     log_level: LogLevel = Field("info", description="how much is logged, to stderr")
 
@@ -146,6 +150,7 @@ class TrainSettings(Settings):
 
 class EvalSettings(EngineSettings):
     command: ClassVar[str] = "eval"
+    positional: ClassVar[str | None] = "adapters"
 
     adapter: Names = Field((), description="names of the adapters to evaluate (default: all)")
     data: Path | None = Field(
@@ -157,7 +162,25 @@ class EvalSettings(EngineSettings):
     write_card: bool = Field(False, description="write the result table into the adapter's README.md")
 
 
-COMMANDS: tuple[type[Settings], ...] = (ServeSettings, TrainSettings, EvalSettings)
+class PullSettings(Settings):
+    command: ClassVar[str] = "pull"
+    positional: ClassVar[str | None] = "sources"
+
+    sources: Sources = Field((), description="what to pull: SOURCE or NAME=SOURCE, perhaps with #sha256=HEX")
+    into: Path = Field(description="directory to publish into, one link a name")
+    manifest: Path | None = Field(
+        None, description="adapters.yaml: pull what it names, withdraw what it does not"
+    )
+    watch: bool = Field(False, description="stay, and pull again what has changed")
+    interval: float = Field(30.0, ge=0.1, description="seconds between two looks with --watch")
+    keep: int = Field(3, ge=1, description="versions of each adapter that stay on disk")
+    allow_source: Patterns = Field(
+        (), description="patterns of allowed sources (default: the hosts, owners and buckets that are named)"
+    )
+    download_timeout: float = Field(600.0, gt=0, description="seconds that one download may take")
+
+
+COMMANDS: tuple[type[Settings], ...] = (ServeSettings, TrainSettings, EvalSettings, PullSettings)
 
 S = TypeVar("S", bound=Settings)
 

@@ -9,6 +9,8 @@ AdapterdError
 ├── Conflict                  409  the name exists with other content, or its owner is elsewhere
 ├── Overloaded                429  a bounded queue is full; `retry_after_seconds` says when to come back
 ├── AdapterRefused            400  an adapter that cannot be applied exactly; names the field and the reason
+├── SourceMissing             404  a source that holds no adapter
+├── SourceFailed              502  a source that could not be read: the network, the store, what it sent
 ├── BaseRefused               start-up only: a base that cannot be served exactly
 ├── ConfigError               start-up only: a setting that is unknown, malformed or unsafe
 └── Unavailable               503  starting, draining, or the adapter is still loading
@@ -81,6 +83,18 @@ class AdapterRefused(AdapterdError):
     status = 400
     type = "invalid_request_error"
     code = "adapter_refused"
+
+
+class SourceMissing(AdapterdError):
+    status = 404
+    type = "invalid_request_error"
+    code = "source_not_found"
+
+
+class SourceFailed(AdapterdError):
+    status = 502
+    type = "server_error"
+    code = "source_failed"
 
 
 class BaseRefused(AdapterdError):

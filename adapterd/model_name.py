@@ -23,6 +23,7 @@ _MAX_NAMES_COMPARED = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,4}")
 _HEX = re.compile(r"[0-9a-f]{1,64}")
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 _PART = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})"
     r"(?:@(?P<version>[A-Za-z0-9][A-Za-z0-9._-]{0,63}))?"
@@ -50,6 +51,20 @@ def is_version_number(version: str) -> bool:
 def is_version_digest(version: str) -> bool:
     """Long enough to be the beginning of a digest; a shorter one is a number or nothing."""
     return len(version) >= MIN_VERSION_LENGTH and _HEX.fullmatch(version) is not None
+
+
+def check_alias(alias: str) -> None:
+    """An alias begins with a letter and cannot be mistaken for a digest. Raises InvalidRequest."""
+    if _ALIAS.fullmatch(alias) is None:
+        raise InvalidRequest(
+            f"{shown(alias)} is no alias: a letter, then letters, digits, '.', '_' and '-', at most 64",
+            param="alias",
+        )
+    if _HEX.fullmatch(alias):
+        raise InvalidRequest(
+            f"the alias {alias!r} would be read as the beginning of a digest; use a letter beyond f",
+            param="alias",
+        )
 
 
 def parse_model_name(model: str, *, base_name: str) -> tuple[Part, ...]:

@@ -8,7 +8,6 @@ comes back has the number it had.
 """
 
 import itertools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Literal
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterId
 from adapterd.errors import InvalidRequest
-from adapterd.model_name import is_version_digest, is_version_number, shown
+from adapterd.model_name import check_alias, is_version_digest, is_version_number
 from adapterd.watch import Signature
 
 Owner = Literal["folder", "runtime", "manifest"]
@@ -30,7 +29,6 @@ MAX_VERSIONS = 16
 """Versions remembered for a name; beyond that the oldest that nothing points to is forgotten."""
 
 MAX_ALIASES = 64
-_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -170,17 +168,3 @@ class NameRecord:
         gone = set(itertools.islice(spare, max(0, len(self.versions) - MAX_VERSIONS)))
         versions = {number: version for number, version in self.versions.items() if number not in gone}
         return replace(self, versions=MappingProxyType(versions))
-
-
-def check_alias(alias: str) -> None:
-    """An alias begins with a letter and cannot be mistaken for a digest. Raises InvalidRequest."""
-    if _ALIAS.fullmatch(alias) is None:
-        raise InvalidRequest(
-            f"{shown(alias)} is no alias: a letter, then letters, digits, '.', '_' and '-', at most 64",
-            param="alias",
-        )
-    if re.fullmatch("[0-9a-f]+", alias):
-        raise InvalidRequest(
-            f"the alias {alias!r} would be read as the beginning of a digest; use a letter beyond f",
-            param="alias",
-        )

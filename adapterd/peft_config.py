@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterd.errors import AdapterRefused
-
-CONFIG_FILE = "adapter_config.json"
+from adapterd.file_names import CONFIG_FILE
 
 _HONOURED = frozenset(
     {

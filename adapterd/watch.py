@@ -9,24 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE
+from adapterd.file_names import ADAPTER_FILES, CONFIG_FILE, REFUSED_FILES, SEAL_FILE
 from adapterd.model_name import is_adapter_name
-from adapterd.peft_config import CONFIG_FILE
 
-WATCHED_FILES = frozenset(
-    {
-        CONFIG_FILE,
-        WEIGHTS_FILE,
-        SEAL_FILE,
-        "adapter_model.bin",
-        "adapter_model.safetensors.index.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-)
+WATCHED_FILES = ADAPTER_FILES | REFUSED_FILES
 
 
 @dataclass(frozen=True)

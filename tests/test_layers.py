@@ -13,9 +13,11 @@ PACKAGE = Path(adapterd.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below. Of the two in the middle,
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("core", "config", "errors", "__init__"),
+    ("core", "config", "errors", "file_names", "__init__"),
     ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
     ("peft_config", "sidecars", "tensor_file", "token_table", "model_name"),
+    ("sources.source", "sources.allow", "sources.partial"),
+    ("manifest", "sources"),
     ("adapter", "adapter_writer", "render"),
     ("composition", "versions", "watch"),
     ("names",),
@@ -33,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 NO_TORCH = (
     *("core", "config", "errors", "metrics", "series", "residency", "server", "cli"),
     *("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs"),
+    *("file_names", "manifest", "sources"),
     "engine.engine",
 )
 

@@ -9,7 +9,8 @@ import torch
 from adapterd.adapter import Adapter, LoraMatrices
 from adapterd.core import AdapterDigest, AdapterId
 from adapterd.errors import InvalidRequest
-from adapterd.names import MAX_ALIASES, MAX_VERSIONS, NameRecord, check_alias
+from adapterd.model_name import check_alias
+from adapterd.names import MAX_ALIASES, MAX_VERSIONS, NameRecord
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
