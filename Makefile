@@ -1,5 +1,7 @@
 # make serve   the daemon on the embedded base with the three shipped adapters
 # make test    the whole gate: format, lint, types, tests
+# make test-deploy   builds and runs the image, scrapes a daemon with Prometheus, asks the CRDs' own schemas: as root,
+#                    with buildah mmdebstrap prometheus librsvg2-bin npm (docs/kubernetes.md)
 #
 # Each makes .venv with pinned dependencies first; a second run finds it and starts at once.
 # PYTHON names the interpreter to make it with (3.11 or newer): make test PYTHON=python3.13
@@ -14,13 +16,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # Another environment may be active in the shell that calls make: it must not leak into this one.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER
 
-.PHONY: serve test lint clean
+.PHONY: serve test test-deploy lint clean
 
 serve: $(INSTALLED) $(NATIVE)
 	$(BIN)/adapterd serve --adapters adapters
 
 test: lint $(NATIVE)
 	$(BIN)/python -m pytest
+
+test-deploy: $(INSTALLED) $(NATIVE)
+	$(BIN)/python -m pytest --deploy --capture=no tests/deploy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

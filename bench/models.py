@@ -46,6 +46,11 @@ SHAPES: Mapping[str, Any] = {
         num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, **_IDS,
     ),
+    # The embedded base's shape, for benches of everything but the model.
+    "mini": lambda: Qwen3Config(
+        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, **_IDS,
+    ),
     "tiny": lambda: Qwen3Config(
         vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=True, **_IDS,

@@ -1,6 +1,7 @@
 """The C++ operators are built once for each state of their sources, found again, and never needed."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from adapterd.errors import BaseRefused
 from adapterd.model import native
 from adapterd.model.kernels import NATIVE_KERNELS, TORCH_KERNELS, choose_kernels
+from adapterd.model.native.__main__ import main
 from tests.native_kernels import require_native_kernels
 
 CPU = torch.device("cpu")
@@ -121,3 +123,52 @@ def test_loading_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="adapterd"):
         assert native.load()
     assert caplog.records == []
+
+
+LATEST, OLDER, OLD = (" ".join(sorted(level.features | {"sse2"})) for level in native.LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (LATEST, ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3"]),
+        (OLDER, ["x86-64-v4", "x86-64-v3"]),
+        (OLD, ["x86-64-v3"]),
+        ("sse2 avx", []),
+    ],
+)
+def test_a_processor_may_use_the_levels_it_belongs_to_the_fastest_first(flags: str, names: list[str]) -> None:
+    cpuinfo = f"processor\t: 0\nmodel name\t: any\nflags\t\t: {flags}\n"
+    assert [level.name for level in native.usable_levels(cpuinfo)] == names
+
+
+def test_a_processor_that_lists_no_features_uses_none() -> None:
+    assert native.usable_levels("processor : 0\nFeatures : fp asimd\n") == []
+    assert native.usable_levels("") == []
+
+
+def test_portable_libraries_differ_by_level() -> None:
+    paths = {native.portable_path(Path("/share"), level) for level in native.LEVELS}
+    assert len(paths) == len(native.LEVELS)
+    assert {path.parent for path in paths} == {Path("/share/adapterd")}
+
+
+def test_a_portable_library_is_loaded_where_none_was_built_for_the_processor(tmp_path: Path) -> None:
+    require_native_kernels()
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    if not native.usable_levels(cpuinfo):
+        pytest.skip("this processor belongs to none of the levels")
+    share = tmp_path / "share"
+    # Not compiled for the level here, which takes half a minute: the library of this very processor in its place.
+    place = native.portable_path(share, native.usable_levels(cpuinfo)[0])
+    place.parent.mkdir(parents=True)
+    shutil.copy(native.library_path(), place)
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_DATA_DIRS": f"/usr/share:{share}"}
+    said = run_in_new_process(_LOAD, **environment)
+    assert f"INFO C++ operators loaded from {place}" in said
+    assert "True True False" in said
+
+
+def test_the_builder_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--portabel"]) == 2
+    assert "--portable DIR" in capsys.readouterr().err
