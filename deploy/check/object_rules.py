@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
-from adapterd.metrics import SERIES
+from adapterd.series import SERIES
 from deploy.check.manifests import Manifests, Object, Pod
 
 _CLUSTER_WIDE = ("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
 _METRIC = re.compile(r"\b(?:adapterd_[a-z0-9_]+|vllm:[a-z0-9_]+)\b")
 _RECORDED = re.compile(r"\badapterd:[a-z0-9_:]+\b")
-_BY_COLLECTOR = ("vllm:cache_config_info", "vllm:lora_requests_info")
 
 
 def _where(item: Object) -> str:
@@ -234,4 +233,4 @@ def _is_known(name: str) -> bool:
         parts = ("_bucket", "_sum", "_count") if entry.kind == "histogram" else ("",)
         if name in [entry.name + part for part in parts]:
             return True
-    return name in _BY_COLLECTOR
+    return False

@@ -30,7 +30,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(models: Path, objects: list[Object]) -> list[str]:
     done = subprocess.run(
-        ["node", "crds.mjs"], cwd=models, input=json.dumps(objects), capture_output=True, text=True, check=True
+        ["node", "crds.mjs"],
+        cwd=models,
+        input=json.dumps(objects),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.splitlines()
 

@@ -1,0 +1,197 @@
+"""The image builds without a Docker daemon, and what is in it serves as user 65532 on a root that cannot be written.
+
+A base is made by mmdebstrap, so that nothing but Debian's archive is asked; buildah builds with chroot isolation. The
+container's root is then mounted read-only, and entered with chroot, setpriv (no capabilities, no new privileges) and
+an empty environment but for the image's own. pip's settings of this host come as a secret and as read-only volumes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.conftest import require
+
+pytestmark = pytest.mark.deploy
+
+REPOSITORY = Path(__file__).parents[2]
+CACHE = REPOSITORY / "build" / "deploy"
+SUITE = "bookworm"
+PACKAGES = "python3,python3-venv,ca-certificates"
+BASE = "localhost/adapterd-base:test"
+IMAGE = "localhost/adapterd:test"
+HOST_VOLUMES = ("/opt/wheels", "/opt/pypi", "/etc/ssl/certs", "/etc/xdg/pip")
+"""What a site's pip settings may point to; only those that are there are mounted."""
+
+
+def run(*command: str, **options: Any) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options)
+    return done.stdout.strip()
+
+
+def base_image() -> str:
+    """A minimal Debian with Python; kept from one run to the next."""
+    if run("buildah", "images", "--quiet", "--noheading", "--filter", f"reference={BASE}"):
+        return BASE
+    tar = CACHE / "base.tar"
+    if not tar.exists():
+        partial = tar.with_suffix(".partial.tar")
+        run("mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(partial))
+        partial.rename(tar)
+    container = run("buildah", "from", "scratch")
+    run("buildah", "add", "--quiet", container, str(tar), "/")
+    run("buildah", "commit", "--quiet", container, BASE)
+    run("buildah", "rm", container)
+    return BASE
+
+
+def pip_settings() -> str:
+    """This host's pip settings as one file, without what names a file that the build will not have."""
+    listed = run(sys.executable, "-m", "pip", "config", "list").splitlines()
+    wanted = ("extra-index-url", "find-links", "index-url", "trusted-host")
+    pairs = (line.partition("=") for line in listed)
+    kept = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
+    return "[global]\n" + "".join(f"{key} = {kept[key]}\n" for key in wanted if key in kept)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    require("buildah", "mmdebstrap")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    secret = tmp_path_factory.mktemp("pip") / "pip.conf"
+    secret.write_text(pip_settings())
+    volumes = [
+        flag for path in HOST_VOLUMES if Path(path).exists() for flag in ("--volume", f"{path}:{path}:ro")
+    ]
+    command = ["buildah", "build", "--isolation", "chroot", "--network", "host", "--layers", *volumes]
+    command += ["--secret", f"id=pip-config,src={secret}", "--tag", IMAGE, "--file", "deploy/Dockerfile"]
+    command += ["--build-arg", f"BASE_IMAGE={base_image()}", "--build-arg", "TORCH_INDEX_URL="]
+    command += ["--ignorefile", "deploy/Dockerfile.dockerignore", "."]
+    began = time.monotonic()
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    print(f"built in {time.monotonic() - began:.0f} s")
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def root(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The image's file system, mounted read-only but for /tmp."""
+    container = run("buildah", "from", image)
+    mounted = Path(run("buildah", "mount", container))
+    place = tmp_path_factory.mktemp("root")
+    run("mount", "--bind", str(mounted), str(place))
+    run("mount", "-o", "remount,bind,ro", str(place))
+    run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", str(place / "tmp"))
+    run("mount", "-t", "proc", "proc", str(place / "proc"))
+    run("mount", "--rbind", "--make-rslave", "/dev", str(place / "dev"))
+    try:
+        yield place
+    finally:
+        run("umount", "--recursive", str(place))
+        run("buildah", "rm", container)
+
+
+def configuration(image: str) -> dict[str, Any]:
+    inspected = json.loads(run("buildah", "inspect", "--type", "image", image))
+    config: dict[str, Any] = inspected["OCIv1"]["config"]
+    return config
+
+
+def inside(root: Path, image: str, *command: str) -> list[str]:
+    """A command that runs as the image says, closed in as far as a restricted pod."""
+    config = configuration(image)
+    user, group = config["User"].split(":")
+    privileges = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--no-new-privs"]
+    privileges += ["--bounding-set=-all", "--inh-caps=-all"]
+    return ["env", "-i", *config["Env"], "chroot", str(root), *privileges, *command]
+
+
+def test_the_image_says_who_it_is_and_holds_no_secret(image: str, root: Path) -> None:
+    config = configuration(image)
+    assert config["User"] == "65532:65532"
+    assert config["Entrypoint"] == ["adapterd"]
+    assert config["Cmd"][0] == "serve"
+    assert not (root / "etc/pip.conf").exists() or (root / "etc/pip.conf").stat().st_size == 0
+    history = run("buildah", "inspect", "--type", "image", "--format", "{{.History}}", image)
+    assert "pip-config" in history or "pip install" not in history
+    for line in pip_settings().splitlines()[1:]:
+        assert line.partition(" = ")[2] not in history
+    size = int(run("du", "--summarize", "--bytes", "--one-file-system", str(root)).split()[0])
+    parts = {p: run("du", "-sb", str(root / p)).split()[0] for p in ("opt/adapterd", "usr")}
+    print(f"the image's files take {size / 1e6:.0f} MB: {parts}")
+    assert size < 2.5e9
+
+
+def test_there_is_no_compiler_and_no_installer_in_it(root: Path) -> None:
+    for name in ("c++", "g++", "gcc", "cc", "pip", "pip3"):
+        assert not [p for p in ("usr/bin", "opt/adapterd/bin") if (root / p / name).exists()], name
+
+
+def test_its_root_cannot_be_written_even_where_the_user_could(image: str, root: Path) -> None:
+    done = subprocess.run(
+        inside(root, image, "python3", "-c", "import os; print(os.getuid()); open('/opt/x', 'w')"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "65532\n"
+    assert "Read-only file system" in done.stderr
+
+
+def test_it_serves_the_embedded_base_and_an_adapter(image: str, root: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    config = configuration(image)
+    command = inside(root, image, *config["Entrypoint"], *config["Cmd"], "--port", str(port))
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", began + 120
+        while True:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "it does not become ready"
+            try:
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        print(f"ready after {time.monotonic() - began:.1f} s")
+        question = "I was charged twice for order 48213 and I am really angry. Please fix it today."
+        body = {
+            "model": "mini:support",
+            "temperature": 0,
+            "messages": [{"role": "user", "content": question}],
+        }
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"].startswith("Category: Billing")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert "C++ operators loaded from /opt/adapterd/share/adapterd/native-" in log
+
+
+def test_it_trains_with_the_same_image(image: str, root: Path) -> None:
+    settings = ["--out=/tmp/trained", "--max-epochs=0.05"]
+    recipe = "/opt/adapterd/share/adapters/moderation/recipe.toml"
+    done = subprocess.run(
+        inside(root, image, "adapterd", "train", recipe, *settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (root / "tmp/trained/adapter_model.safetensors").exists()
+    shutil.rmtree(root / "tmp/trained")
