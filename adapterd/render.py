@@ -115,15 +115,24 @@ class Renderer:
         taken = sorted(self._own_arguments.intersection(template_kwargs or ()))
         if taken:
             raise InvalidRequest(f"{taken[0]!r} cannot be set by the request", param="chat_template_kwargs")
+        options = {
+            "chat_template": chat_template,
+            "tools": [dict(tool) for tool in tools] if tools else None,
+            "add_generation_prompt": add_generation_prompt,
+            **(template_kwargs or {}),
+        }
+        plain = [dict(message) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=chat_template,
-                tools=[dict(tool) for tool in tools] if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **(template_kwargs or {}),
-            )
+            return self._apply_template(plain, options)
+        except InvalidRequest:
+            # Most templates write a call's arguments as JSON; some paste what they are given, and want text.
+            if not any(message.get("tool_calls") for message in plain):
+                raise
+            return self._apply_template([_with_text_arguments(message) for message in plain], options)
+
+    def _apply_template(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except jinja2.exceptions.TemplateError as error:
             raise InvalidRequest(
                 f"the chat template refused the messages: {error}", param="messages"
@@ -133,7 +142,6 @@ class Renderer:
             raise InvalidRequest(
                 f"the chat template failed on the messages: {reason}", param="messages"
             ) from error
-        return str(text)
 
     def render(
         self,
@@ -157,10 +165,7 @@ class Renderer:
             add_generation_prompt=add_generation_prompt,
             template_kwargs=template_kwargs,
         )
-        ids: list[int] = []
-        for piece, is_literal in quoted.split(text):
-            ids += self._encode(piece, add_special_tokens=False, param="messages", literal=is_literal)
-        return ids
+        return self._encode_quoted(quoted, text)
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt, with the special tokens this tokenizer adds by itself."""
@@ -170,6 +175,45 @@ class Renderer:
         """The text of an answer, nothing added and nothing special; training appends `stop_token_id`."""
         literal = self._special_texts is not None and self._special_texts.search(text) is not None
         return self._encode(text, add_special_tokens=False, param="messages", literal=literal)
+
+    def encode_calls(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """How the base says the last of `messages`, an assistant's with tool calls; the token that ends it included.
+
+        The template has words of its own for calls. What it writes where a plain answer would stand is taken:
+        an empty thinking block that it puts before every answer is no part of either.
+        Raises InvalidRequest if the template leaves a call out.
+        """
+        quoted = _Quotation(self._special_texts)
+        *before, last = (quoted.hide(message) for message in messages)
+
+        def text_of(answer: Mapping[str, object]) -> str:
+            return self.render_text(
+                [*before, answer],
+                chat_template=chat_template,
+                tools=tools,
+                add_generation_prompt=False,
+                template_kwargs=template_kwargs,
+            )
+
+        head, _, _ = text_of({"role": "assistant", "content": quoted.mark}).partition(quoted.mark)
+        said = text_of(last)
+        names = [call["function"]["name"] for call in last["tool_calls"]]
+        if not said.startswith(head) or not all(name in said[len(head) :] for name in names):
+            raise InvalidRequest(
+                f"the chat template does not write the tool calls of an answer ({', '.join(names)});"
+                " take a base whose template knows tools",
+                param="messages",
+            )
+        ids = self._encode_quoted(quoted, said[len(head) :])
+        end = next((at for at, token in enumerate(ids) if token in self.eos_token_ids), None)
+        return [*ids, self.stop_token_id] if end is None else ids[: end + 1]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The tokenizer's own decoding, without its optional tidying of spaces before punctuation."""
@@ -181,6 +225,12 @@ class Renderer:
         literal = Tokenizer.from_str(self._backend.to_str())
         literal.encode_special_tokens = True
         return literal
+
+    def _encode_quoted(self, quoted: "_Quotation", text: str) -> list[int]:
+        ids: list[int] = []
+        for piece, is_literal in quoted.split(text):
+            ids += self._encode(piece, add_special_tokens=False, param="messages", literal=is_literal)
+        return ids
 
     def _encode(self, text: str, *, add_special_tokens: bool, param: str, literal: bool = False) -> list[int]:
         # The backend is called directly: transformers' wrapper writes truncation settings into it on each
@@ -250,6 +300,11 @@ class _Quotation:
         # Letters and digits alone, which a template that writes JSON or HTML leaves as they are.
         self._nonce = "q" + secrets.token_hex(8)
 
+    @property
+    def mark(self) -> str:
+        """A word that stands in no message and hides nothing."""
+        return f"{self._nonce}_mark"
+
     def hide(self, value: Any) -> Any:
         """A copy of a message (or of a part of one) with each special text replaced by a mark."""
         if isinstance(value, str) and self._special_texts is not None:
@@ -269,6 +324,23 @@ class _Quotation:
     def _mark(self, match: re.Match[str]) -> str:
         self._hidden.append(match[0])
         return f"{self._nonce}_{len(self._hidden) - 1}_"
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def read_eos_token_ids(file: Path) -> set[int] | None:

@@ -15,7 +15,7 @@ PACKAGE = Path(adapterd.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "config", "errors", "file_names", "__init__"),
     ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
-    ("peft_config", "sidecars", "tensor_file", "token_table", "model_name"),
+    ("peft_config", "sidecars", "tensor_file", "token_table", "model_name", "messages"),
     ("sources.source", "sources.allow", "sources.partial"),
     ("manifest", "sources"),
     ("adapter", "adapter_writer", "render"),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 NO_TORCH = (
-    *("core", "config", "errors", "metrics", "series", "residency", "server", "cli"),
+    *("core", "config", "errors", "metrics", "series", "residency", "messages", "server", "cli"),
     *("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs"),
     *("file_names", "manifest", "sources"),
     "engine.engine",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from adapterd.core import Output
+from adapterd.messages import template_message
 from adapterd.server.dialect import AnswerHead, Prompt, finish_reason
 from adapterd.server.logprobs import chat_logprobs
 from adapterd.server.protocol import ChatCompletionRequest
@@ -21,8 +22,7 @@ from adapterd.server.seams import Renderer, ResolvedModel
 def prompts(body: ChatCompletionRequest, renderer: Renderer, resolved: ResolvedModel) -> list[Prompt]:
     """The one prompt of a chat. Slow: runs beside the event loop."""
     messages = [
-        {"role": message.role, "content": message.content}
-        | ({"name": message.name} if message.name is not None else {})
+        template_message(role=message.role, content=message.content, name=message.name)
         for message in body.messages
     ]
     ids = renderer.render(

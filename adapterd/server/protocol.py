@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeGuard
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from adapterd.messages import join_text_parts, template_role
+
 MAX_SEQUENCES = 128
 """Answers that one request may ask for, over all of its prompts; OpenAI's limit of `n`."""
 
@@ -123,7 +125,7 @@ class TextPart(Body):
 
 
 def _text_of_parts(value: object) -> object:
-    """A list of text parts as one string, a line each, as vLLM joins them."""
+    """A list of text parts as one string."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -136,16 +138,16 @@ def _text_of_parts(value: object) -> object:
                 {"number": number, "kind": repr(kind)[:64]},
             )
         texts.append(TextPart.model_validate(part).text)
-    return "\n".join(texts)
+    return join_text_parts(texts)
 
 
 class Message(Body):
-    """One message. `developer` is the newer name of `system`, which is what templates know."""
+    """One message, as templates know it: `developer` has become `system`."""
 
     role: Annotated[
         Literal["system", "user", "assistant"],
         BeforeValidator(
-            lambda role: "system" if role == "developer" else role,
+            lambda role: template_role(role) if isinstance(role, str) else role,
             json_schema_input_type=Literal["developer", "system", "user", "assistant"],
         ),
     ]

@@ -1,0 +1,28 @@
+"""What is wrong with a row, and how to put it right."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps the row of `line` from being used. `code` is for programs, `hint` may be empty."""
+
+    line: int
+    code: str
+    message: str
+    hint: str = ""
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+@dataclass
+class Problems:
+    """Collects what is wrong with one row while it is read."""
+
+    line: int
+    found: list[Problem] = field(default_factory=list)
+
+    def add(self, code: str, message: str, hint: str = "") -> None:
+        self.found.append(Problem(self.line, code, message, hint))
