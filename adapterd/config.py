@@ -180,17 +180,57 @@ class PullSettings(Settings):
     download_timeout: float = Field(600.0, gt=0, description="seconds that one download may take")
 
 
-COMMANDS: tuple[type[Settings], ...] = (ServeSettings, TrainSettings, EvalSettings, PullSettings)
+class CheckSettings(Settings):
+    command: ClassVar[str] = "check"
+    positional: ClassVar[str | None] = "data"
+
+    data: Path = Field(description="rows: JSONL of chat messages or of prompt and completion, or CSV")
+    base: str = Field(
+        "mini",
+        min_length=1,
+        description="base whose tokenizer and template count: a directory, a hub id, or 'mini'",
+    )
+    heldout: Path | None = Field(
+        None, description="rows that are never trained on: is any of them in --data?"
+    )
+    map: Names = Field(
+        (), description="what the columns are called: prompt=COLUMN completion=COLUMN system=COLUMN"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="longest row in tokens (default: the base's context)"
+    )
+    show_mask: int | None = Field(
+        None, ge=1, description="show the tokens of the row in this line, and which carry loss"
+    )
+    fix: Path | None = Field(
+        None, description="write a cleaned copy to this file, and what it dropped to PATH.dropped.jsonl"
+    )
+    strict: bool = Field(False, description="warnings make the file unusable too")
+    json_: bool = Field(False, description="print the report as JSON")
+
+
+COMMANDS: tuple[type[Settings], ...] = (
+    ServeSettings,
+    TrainSettings,
+    EvalSettings,
+    CheckSettings,
+    PullSettings,
+)
 
 S = TypeVar("S", bound=Settings)
 
 
 def flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    return "--" + public_name(field).replace("_", "-")
 
 
 def variable(field: str) -> str:
-    return ENV_PREFIX + field.upper()
+    return ENV_PREFIX + public_name(field).upper()
+
+
+def public_name(field: str) -> str:
+    """A field whose name pydantic keeps for itself (`json`) carries an underscore that nobody else sees."""
+    return field.rstrip("_")
 
 
 def takes_many(annotation: object) -> bool:
@@ -241,12 +281,11 @@ def _read_toml(settings: type[Settings], config: Path | None) -> dict[str, objec
         raise ConfigError(f"cannot read {config}: {error.strerror}", param="config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{config} is not TOML: {error}", param="config") from None
+    fields = {public_name(field): field for field in settings.model_fields}
     for key in table:
-        if key not in settings.model_fields:
-            raise ConfigError(
-                f"unknown key {key!r} in {config}{_near(key, settings.model_fields)}", param=key
-            )
-    return {key: _beside(config, settings, key, value) for key, value in table.items()}
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r} in {config}{_near(key, fields)}", param=key)
+    return {fields[key]: _beside(config, settings, fields[key], value) for key, value in table.items()}
 
 
 def _beside(config: Path, settings: type[Settings], field: str, value: object) -> object:

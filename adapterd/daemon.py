@@ -15,7 +15,8 @@ from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
 from adapterd.errors import BaseRefused
 from adapterd.metrics import Metrics
-from adapterd.model.base import DeviceName, DtypeName, find_base, load_base
+from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.model.find import find_base
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
 from adapterd.token_table import TokenTable

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapterd.core import BaseSpec
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME, ContextFactory, register_attention
+from adapterd.model.find import find_base
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.lora import LoraStep
@@ -23,9 +24,6 @@ from adapterd.model.seams import attach_seams
 from adapterd.model.threads import use_all_cores
 
 logger = logging.getLogger(__name__)
-
-EMBEDDED_BASE = "mini"
-_EMBEDDED_DIRECTORY = Path(__file__).resolve().parent.parent / "mini"
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -101,33 +99,6 @@ def load_base(
     return Base(
         model, spec, directory, where, model.dtype, seams.kv_shapes, seams.lora_step, chosen.paged_context
     )
-
-
-def find_base(name_or_dir: str) -> Path:
-    """The directory of a base: the embedded one, a local one, or a hub snapshot, downloaded if need be."""
-    if name_or_dir == EMBEDDED_BASE:
-        return _EMBEDDED_DIRECTORY
-    local = Path(name_or_dir).expanduser()
-    if local.is_dir():
-        return local.resolve()
-    if name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
-        raise BaseRefused(
-            f"base '{name_or_dir}': no such directory; give '{EMBEDDED_BASE}', a directory with config.json, "
-            "or a Hugging Face Hub id such as Qwen/Qwen3-0.6B"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(name_or_dir, allow_patterns=wanted))
-    except HFValidationError as error:
-        raise BaseRefused(f"base '{name_or_dir}': no such directory, and no Hub id: {error}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BaseRefused(
-            f"base '{name_or_dir}' could not be fetched from the Hugging Face Hub ({type(error).__name__}); "
-            "check the id and the network, or give a local directory"
-        ) from error
 
 
 def _default_name(name_or_dir: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from adapterd.training.messages import message_text
@@ -55,13 +55,16 @@ def near_pairs(rows: Sequence[Row]) -> Iterator[NearPair]:
         index.insert(number, sketch)
 
 
-def near_groups(rows: Sequence[Row]) -> list[int]:
-    """For each row the first row of its group: all that are equal or near-duplicates, over however many steps."""
+def near_groups(rows: Sequence[Row], pairs: Iterable[NearPair] | None = None) -> list[int]:
+    """For each row the first row of its group: all that are equal or near-duplicates, over however many steps.
+
+    pairs: what `near_pairs` found in the same rows, if somebody has asked it already.
+    """
     groups = _Groups(len(rows))
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
         groups.join(first.setdefault(fold(row), index), index)
-    for pair in near_pairs(rows):
+    for pair in near_pairs(rows) if pairs is None else pairs:
         groups.join(pair.first, pair.second)
     return [groups.root(index) for index in range(len(rows))]
 

@@ -1,6 +1,7 @@
 """What is wrong with a row, and how to put it right."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,19 @@ class Problems:
 
     def add(self, code: str, message: str, hint: str = "") -> None:
         self.found.append(Problem(self.line, code, message, hint))
+
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about a file. An error makes it unusable as it is; `lines` are the rows it is about."""
+
+    level: Level
+    code: str
+    message: str
+    hint: str = ""
+    lines: tuple[int, ...] = ()
+    examples: tuple[str, ...] = ()
+    """What was found, a line each, for some of `lines`."""

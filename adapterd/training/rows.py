@@ -170,6 +170,8 @@ def _json_lines(text: str) -> Iterator[Line]:
             value = json.loads(source, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
             if not isinstance(value, dict):
                 reason = f"it is {_kind(value)}"
+        except json.JSONDecodeError as error:
+            reason = f"no JSON: {error.msg} at character {error.pos + 1}"
         except (ValueError, RecursionError) as error:
             reason = f"no JSON: {error}"
         if reason:

@@ -20,7 +20,7 @@ from adapterd.adapter import read_adapter
 from adapterd.adapter_writer import base_fingerprint, write_adapter
 from adapterd.core import BaseSpec
 from adapterd.errors import AdapterdError, BaseRefused, InvalidRequest
-from adapterd.model.base import find_base
+from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import Batch, collate, epoch_batches, micro_batches, num_labels, summed_loss
 from adapterd.training.data import Example, encode_rows, read_rows, refuse_leaks, split_validation

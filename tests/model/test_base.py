@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterd.core import SamplingParams
 from adapterd.errors import BaseRefused
-from adapterd.model.base import find_base, load_base
+from adapterd.model.base import load_base
+from adapterd.model.find import find_base
 from adapterd.model.lora import LoraLinear
 from tests.exactness.families import COMMON, linear_names, save_adapter, save_model
 from tests.offline import Offline, OfflineSettings
