@@ -125,7 +125,8 @@ class Renderer:
         try:
             return self._apply_template(plain, options)
         except InvalidRequest:
-            # Most templates write a call's arguments as JSON; some paste what they are given, and want text.
+            # Most templates write a call's arguments as JSON; some paste what they are given, and want text
+            # there, and an empty text where the words of such a message are missing.
             if not any(message.get("tool_calls") for message in plain):
                 raise
             return self._apply_template([_with_text_arguments(message) for message in plain], options)
@@ -204,6 +205,8 @@ class Renderer:
 
         head, _, _ = text_of({"role": "assistant", "content": quoted.mark}).partition(quoted.mark)
         said = text_of(last)
+        if not said.startswith(head):
+            head = head.rstrip()  # Mistral's: a space before words, none before a call
         names = [call["function"]["name"] for call in last["tool_calls"]]
         if not said.startswith(head) or not all(name in said[len(head) :] for name in names):
             raise InvalidRequest(
@@ -327,7 +330,7 @@ class _Quotation:
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as JSON text."""
+    """The message with the arguments of its tool calls as JSON text, and with words, if only empty ones."""
     if not message.get("tool_calls"):
         return message
     calls = [
@@ -340,7 +343,7 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
         }
         for call in message["tool_calls"]
     ]
-    return {**message, "tool_calls": calls}
+    return {**message, "content": message["content"] or "", "tool_calls": calls}
 
 
 def read_eos_token_ids(file: Path) -> set[int] | None:

@@ -243,6 +243,15 @@ def _of_rendering(
             tuple(dict.fromkeys(thoughtless)),
         )
     with_tools = tuple(row.line for row in rows if row.tools)
+    first = next((row for row in rows if row.tools and row.line in examples), None)
+    if first is not None and not _shows_tools(first, renderer):
+        yield Finding(
+            "warning",
+            "tools_unseen",
+            "the base's template says nothing of the tools that a row lists, in training as in serving",
+            "describe them in the system message, or take a base whose template knows tools",
+            with_tools,
+        )
     if with_tools:
         yield Finding(
             "note",
@@ -260,6 +269,11 @@ def _of_rendering(
         yield Finding(
             "note", "order", f"{_count(repeated)} with two messages of one role in a row", "", repeated
         )
+
+
+def _shows_tools(row: Row, renderer: Renderer) -> bool:
+    before = row.messages[: _trained(row)[0]]
+    return renderer.render(before, tools=row.tools) != renderer.render(before)
 
 
 def _trained(row: Row) -> list[int]:

@@ -1,7 +1,6 @@
 """Which rows ask the same, or nearly the same. MinHash finds candidates, the true overlap decides. No torch."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,12 @@ NEAR = 0.8
 """Rows are near-duplicates if their texts share this part of their shingles (Jaccard)."""
 
 _SHINGLE = 5
-_NUM_PERMUTATIONS = 64
-_COMMON_SHARE = 0.5
-_MIN_ROWS_FOR_COMMON = 20
+_NUM_PERMUTATIONS = 128
+_CANDIDATE = 0.55
+"""Where MinHash begins to look. Well below NEAR, so that it misses next to none of those that count."""
+
+_MIN_ROWS_FOR_FRAME = 20
+_MIN_FRAME = 20
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,17 @@ class NearPair:
 def near_pairs(rows: Sequence[Row]) -> Iterator[NearPair]:
     """Pairs of near-duplicate prompts that are not equal after folding; not every pair of a group of them.
 
-    What most rows have in common (a system prompt, an instruction around each question) does not count:
-    shingles of more than half of the different prompts are left out, and system messages altogether.
+    What most rows have in common does not count: system messages, and an instruction that more than half of
+    the prompts begin or end with.
     """
     from datasketch import MinHash, MinHashLSH  # half a second, for scipy
 
     texts: dict[str, int] = {}
     for index, row in enumerate(rows):
         texts.setdefault(fold(row), index)
-    shingles = _telling([_shingles(_own_text(rows[index])) for index in texts.values()])
+    shingles = [_shingles(text) for text in _without_frame([_own_text(rows[i]) for i in texts.values()])]
     places = list(texts.values())
-    index = MinHashLSH(threshold=NEAR, num_perm=_NUM_PERMUTATIONS)
+    index = MinHashLSH(threshold=_CANDIDATE, num_perm=_NUM_PERMUTATIONS)
     groups = _Groups(len(places))
     empty = MinHash(num_perm=_NUM_PERMUTATIONS, seed=1)
     for number, own in enumerate(shingles):
@@ -80,14 +82,28 @@ def _shingles(text: str) -> frozenset[str]:
     return frozenset(text[at : at + _SHINGLE] for at in range(max(1, len(text) - _SHINGLE + 1)))
 
 
-def _telling(texts: Sequence[frozenset[str]]) -> list[frozenset[str]]:
-    """The shingles that tell rows apart. A row that has no others keeps all."""
-    if len(texts) < _MIN_ROWS_FOR_COMMON:
+def _without_frame(texts: Sequence[str]) -> list[str]:
+    """The texts without the beginning and the end that more than half of them share, if those are long."""
+    if len(texts) < _MIN_ROWS_FOR_FRAME:
         return list(texts)
-    counts = Counter(shingle for text in texts for shingle in text)
-    limit = _COMMON_SHARE * len(texts)
-    kept = [frozenset(shingle for shingle in text if counts[shingle] <= limit) for text in texts]
-    return [own if own else whole for own, whole in zip(kept, texts, strict=True)]
+    for is_end in (False, True):
+        ordered = sorted(text[::-1] if is_end else text for text in texts)
+        half = len(ordered) // 2
+        # In sorted order whoever shares a beginning stands together.
+        shared = max(
+            (_shared_start(ordered[at], ordered[at + half]) for at in range(len(ordered) - half)), key=len
+        )
+        if len(shared) >= _MIN_FRAME:
+            frame = shared[::-1] if is_end else shared
+            texts = [text.removesuffix(frame) if is_end else text.removeprefix(frame) for text in texts]
+    return list(texts)
+
+
+def _shared_start(one: str, other: str) -> str:
+    length = next(
+        (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    return one[:length]
 
 
 class _Groups:

@@ -250,7 +250,10 @@ def test_special_token_that_a_row_spells_out_is_letters_as_in_serving(renderer: 
 
 
 def test_split_is_whole_deterministic_and_keeps_copies_together() -> None:
-    rows = [row(f"Question {i % 40}" if i % 3 else f"  QUESTION   {i % 40}", i) for i in range(100)]
+    rows = [
+        row(f"Question {i % 40 * 12345679}" if i % 3 else f"  QUESTION   {i % 40 * 12345679}", i)
+        for i in range(100)
+    ]
     training, validation = split_validation(rows, fraction=0.2, seed=3)
     assert sorted(r.line for r in training + validation) == list(range(100))
     assert not {fold(r) for r in training} & {fold(r) for r in validation}
