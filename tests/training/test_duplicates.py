@@ -5,22 +5,8 @@ from adapterd.training.rows import Row
 
 ANSWER = {"role": "assistant", "content": "ok"}
 WORDS = [
-    "parcel",
-    "invoice",
-    "lamp",
-    "street",
-    "refund",
-    "password",
-    "garden",
-    "phone",
-    "late",
-    "blue",
-    "order",
-    "box",
-    "shop",
-    "paid",
-    "twice",
-    "broken",
+    *("parcel", "invoice", "lamp", "street", "refund", "password", "garden", "phone"),
+    *("late", "blue", "order", "box", "shop", "paid", "twice", "broken"),
 ]
 
 
