@@ -317,11 +317,11 @@ def _of_copies(rows: Sequence[Row], pairs: Sequence[NearPair]) -> Iterator[Findi
             some[:_MAX_EXAMPLES],
         )
     near = [pair for pair in pairs if pair.second < len(rows)]
-    same = [pair for pair in near if _folded(rows[pair.first].answer) == _folded(rows[pair.second].answer)]
-    other = [pair for pair in near if pair not in same]
+    agreeing = [p for p in near if _folded(rows[p.first].answer) == _folded(rows[p.second].answer)]
+    differing = [pair for pair in near if pair not in agreeing]
     for code, chosen, what in (
-        ("near_duplicate", same, "with the same answer"),
-        ("near_contradiction", other, "with another answer"),
+        ("near_duplicate", agreeing, "with the same answer"),
+        ("near_contradiction", differing, "with another answer"),
     ):
         if chosen:
             yield Finding(
