@@ -26,6 +26,7 @@ from adapterd.config import (
     takes_many,
 )
 from adapterd.errors import AdapterdError, ConfigError
+from adapterd.lora_modules import LoraModule
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -53,24 +54,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(flags: dict[str, Any]) -> int:
     settings = _settings(ServeSettings, flags)
 
-    from adapterd.server.auth import check_exposure, read_key_hashes
+    from adapterd.lora_modules import sort_out
+    from adapterd.server.auth import check_exposure, without_key
+    from adapterd.server.keys import KeyRing, Role
     from adapterd.server.run import DrainingServer, bind, print_ready, url_of
 
-    key_hashes = read_key_hashes(settings.api_key_file) if settings.api_key_file else ()
-    check_exposure(settings.host, has_keys=bool(key_hashes), insecure_no_auth=settings.insecure_no_auth)
+    key_files: list[tuple[Path, Role]] = []
+    if settings.api_key_file is not None:
+        key_files.append((settings.api_key_file, "client"))
+    if settings.admin_key_file is not None:
+        key_files.append((settings.admin_key_file, "admin"))
+    keys = KeyRing(key_files) if key_files else None
+    check_exposure(
+        settings.host,
+        keys,
+        insecure_no_auth=settings.insecure_no_auth,
+        allow_runtime_adapters=settings.allow_runtime_adapters,
+    )
+    modules = sort_out(settings.lora_modules)
     listener = bind(settings.host, settings.port)
 
     from adapterd.daemon import Daemon
     from adapterd.server.app import create_app
     from adapterd.server.state import ServerState
 
-    state = ServerState(Daemon.build(settings, state=settings.state), max_queue=settings.max_queue)
-    app = create_app(state, allow_runtime_adapters=settings.allow_runtime_adapters, key_hashes=key_hashes)
+    daemon = Daemon.build(
+        settings, state=settings.state, modules=modules, spellings=settings.router_spellings
+    )
+    state = ServerState(
+        daemon,
+        max_queue=settings.max_queue,
+        spellings=settings.listed_spellings,
+        more_spellings=modules.spellings,
+        warms_up=True,
+    )
+    app = create_app(
+        state,
+        allow_runtime_adapters=settings.allow_runtime_adapters,
+        keys=keys,
+        without_key=without_key(keys, insecure_no_auth=settings.insecure_no_auth),
+    )
 
     def on_ready() -> None:
         print_ready(url_of(listener), state.model_names())
 
-    server = DrainingServer(app, state, drain_timeout=settings.drain_timeout, on_ready=on_ready)
+    server = DrainingServer(
+        app,
+        state,
+        drain_delay=settings.drain_delay,
+        drain_timeout=settings.drain_timeout,
+        on_ready=on_ready,
+    )
     server.run(sockets=[listener])
     return server.exit_code
 
@@ -216,7 +250,7 @@ def _metavar(info: FieldInfo) -> str:
     if own := [name for name in info.metadata if isinstance(name, str)]:
         return own[0]
     if takes_many(info.annotation):
-        return "DIR" if Path in kinds else "NAME"
+        return "DIR" if Path in kinds else "NAME=PATH" if LoraModule in kinds else "NAME"
     for kind, metavar in ((Path, "PATH"), (int, "N"), (float, "X")):
         if kind in kinds:
             return metavar

@@ -6,6 +6,7 @@ is an error: a setting that is ignored is worse than one that is refused.
 """
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -13,9 +14,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from adapterd.errors import ConfigError
+from adapterd.lora_modules import LoraModule, parse_lora_module
 
 ENV_PREFIX = "ADAPTERD_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
@@ -48,14 +59,38 @@ def _split(separator: str) -> BeforeValidator:
     return BeforeValidator(split)
 
 
+def _always_true(value: bool) -> bool:
+    if not value:
+        raise ValueError(
+            "cannot be: adapters are always enabled, and traffic of the bare base pays nothing for it"
+        )
+    return value
+
+
+def _parse_modules(value: object) -> object:
+    """From texts, or from the tables of a file; a variable has one a line."""
+    items = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    return tuple(parse_lora_module(json.dumps(i) if isinstance(i, dict) else i) for i in items if i)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Paths = Annotated[tuple[Path, ...], _split(os.pathsep)]
+AlwaysTrue = Annotated[bool, AfterValidator(_always_true)]
+LoraModuleList = Annotated[tuple[LoraModule, ...], BeforeValidator(_parse_modules)]
 Names = Annotated[tuple[str, ...], _split(",")]
 Sources = Annotated[Names, "SOURCE"]  # what the help calls one of them
 Patterns = Annotated[Names, "PATTERN"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Spelling = Literal["prefixed", "bare"]
+_SPELLINGS: dict[str, tuple[Spelling, ...]] = {
+    "prefixed": ("prefixed",),
+    "bare": ("bare",),
+    "both": ("prefixed", "bare"),
+}
 
 
 class Settings(BaseModel):
@@ -89,6 +124,15 @@ class EngineSettings(Settings):
     host_memory: Bytes | None = Field(
         None, description="memory for adapters on the host (default: a quarter of what is free)"
     )
+    max_loras: int | None = Field(
+        None, ge=1, description="vLLM's word for adapter memory: room for so many of --max-lora-rank"
+    )
+    max_cpu_loras: int | None = Field(
+        None, ge=1, description="vLLM's word for host memory: room for so many of --max-lora-rank"
+    )
+    max_lora_rank: int | None = Field(
+        None, ge=1, description="refuse adapters of a higher rank (default: no limit)"
+    )
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step at most")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once at most")
     max_model_len: int | None = Field(
@@ -96,12 +140,26 @@ class EngineSettings(Settings):
     )
     max_queue: int = Field(1024, ge=0, description="requests that may wait; more are answered 429")
 
+    @model_validator(mode="after")
+    def _memory_is_said_once(self) -> "EngineSettings":
+        for size, count in (("adapter_memory", "max_loras"), ("host_memory", "max_cpu_loras")):
+            if getattr(self, size) is not None and getattr(self, count) is not None:
+                message = "{count} and {size} both say how much memory there is; leave one out"
+                raise PydanticCustomError(count, message, {"size": flag(size), "count": flag(count)})
+        return self
+
 
 class ServeSettings(EngineSettings):
     command: ClassVar[str] = "serve"
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    enable_lora: AlwaysTrue = Field(
+        True, description="for those who come from vLLM: adapters are always enabled"
+    )
+    lora_modules: LoraModuleList = Field(
+        (), description='more adapters, as vLLM has it: NAME=PATH or {"name": NAME, "path": PATH}'
+    )
     state: Path | None = Field(
         None,
         description="directory where versions, aliases and pins are kept over a restart (default: nowhere)",
@@ -109,11 +167,32 @@ class ServeSettings(EngineSettings):
     allow_runtime_adapters: bool = Field(
         False, description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter"
     )
-    api_key_file: Path | None = Field(None, description="file of accepted API keys, one a line")
-    insecure_no_auth: bool = Field(False, description="allow a public --host without API keys")
-    drain_timeout: float = Field(
-        30.0, ge=0, description="seconds that running requests get to finish at SIGTERM"
+    model_id_style: Literal["prefixed", "bare", "both"] | None = Field(
+        None,
+        description="how /v1/models and metrics for routers call adapters: BASE:ADAPTER, ADAPTER, or both"
+        " (default: both in metrics, and in /v1/models with --allow-runtime-adapters, else prefixed)",
     )
+    api_key_file: Path | None = Field(
+        None, description="accepted API keys: a file with one a line, or a folder of such files"
+    )
+    admin_key_file: Path | None = Field(
+        None, description="the same, of keys that may also change which adapters are served"
+    )
+    insecure_no_auth: bool = Field(False, description="allow a public --host without keys for clients")
+    drain_delay: float = Field(
+        0.0, ge=0, description="seconds after SIGTERM in which new requests are still taken"
+    )
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests then get to finish")
+
+    @property
+    def router_spellings(self) -> tuple[Spelling, ...]:
+        """How routers hear of resident adapters."""
+        return _SPELLINGS[self.model_id_style or "both"]
+
+    @property
+    def listed_spellings(self) -> tuple[Spelling, ...]:
+        """How /v1/models lists adapters. Controllers that load them look for the names they gave."""
+        return _SPELLINGS[self.model_id_style or ("both" if self.allow_runtime_adapters else "prefixed")]
 
 
 class TrainSettings(Settings):
@@ -260,10 +339,13 @@ def load_settings(
         return settings.model_validate(values)
     except ValidationError as error:
         lines = [_sentence(item, origin) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines), param=str(error.errors()[0]["loc"][0])) from None
+        location = error.errors()[0]["loc"]
+        raise ConfigError("\n".join(lines), param=str(location[0]) if location else None) from None
 
 
 def _sentence(error: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+    if not error["loc"]:  # a check over several settings: its message names them
+        return str(error["msg"])
     field = str(error["loc"][0])
     if error["type"] == "missing":
         return f"{flag(field)} is required"

@@ -268,6 +268,7 @@ class RegistryStats:
 
     num_ready: int
     num_failed: int
+    num_loading: int
     host_bytes_total: int | None
     host_bytes: int
     num_host_hits: int

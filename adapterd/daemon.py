@@ -1,25 +1,32 @@
 """Everything that serves, assembled in one process: what `serve`, `eval` and the tests stand on. No HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
+from adapterd.adapter import Adapter
 from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import BaseSpec, Request, RequestId
 from adapterd.database import Database
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
-from adapterd.errors import BaseRefused
+from adapterd.errors import AdapterRefused, BaseRefused
+from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
 from adapterd.model.base import DeviceName, DtypeName, load_base
 from adapterd.model.find import find_base
+from adapterd.model.runner import DEFAULT_LORA_RANK, Runner
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
+from adapterd.residency import Spelling
 from adapterd.token_table import TokenTable
+
+_HOST_BYTES = 4
+"""Of an element of an adapter on the host, at most: files hold float32 or less."""
 
 
 class DaemonSettings(EngineSizes, Protocol):
@@ -39,6 +46,10 @@ class DaemonSettings(EngineSizes, Protocol):
     def max_model_len(self) -> int | None: ...
     @property
     def host_memory(self) -> int | None: ...
+    @property
+    def max_lora_rank(self) -> int | None: ...
+    @property
+    def max_cpu_loras(self) -> int | None: ...
 
 
 class Daemon:
@@ -59,10 +70,18 @@ class Daemon:
         self.engine = engine
 
     @classmethod
-    def build(cls, settings: DaemonSettings, *, state: Path | None = None) -> "Daemon":
+    def build(
+        cls,
+        settings: DaemonSettings,
+        *,
+        state: Path | None = None,
+        modules: LoraModules = NO_MODULES,
+        spellings: Collection[Spelling] = ("prefixed", "bare"),
+    ) -> "Daemon":
         """Load the base and open the registry, kept in the directory `state` if one is given.
 
-        Raises BaseRefused or ConfigError.
+        `modules` are adapters beside those of the settings' directories. `spellings` are those under which
+        routers hear of resident adapters. Raises BaseRefused or ConfigError.
         """
         fingerprint = base_fingerprint(find_base(settings.base))
         database = Database(state, base_fingerprint=fingerprint)
@@ -83,16 +102,23 @@ class Daemon:
         )
         # The registry tells the engine which versions have gone, the engine asks the registry for weights, both
         # tell the metrics what happens: each is handed a late look-up of the others.
-        metrics = Metrics(spec.name, lambda: engine.stats(), lambda: registry)
+        metrics = Metrics(
+            spec.name,
+            lambda: engine.stats(),
+            lambda: registry,
+            spellings=spellings,
+            more_spellings=modules.spellings,
+        )
         registry = AdapterRegistry(
             spec,
             settings.adapters,
             tokenizer=renderer.identity,
             base_fingerprint=fingerprint,
             on_drop=lambda adapter_id: engine.retire(adapter_id),
-            check=lambda adapter: check_fits(runner, adapter),
+            check=lambda adapter: _check(runner, adapter, settings.max_lora_rank),
             database=database,
-            host_bytes=host_bytes(settings.host_memory),
+            host_bytes=host_bytes(settings, spec),
+            named=modules.folders,
             events=metrics,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
@@ -105,6 +131,22 @@ class Daemon:
         return collect(self.engine)
 
 
-def host_bytes(setting: int | None) -> int:
-    """Bytes of host memory for adapters: as set, or a quarter of what is free now."""
-    return int(psutil.virtual_memory().available) // 4 if setting is None else setting
+def host_bytes(settings: DaemonSettings, spec: BaseSpec) -> int:
+    """Bytes of host memory for adapters: as set, enough for as many as set, or a quarter of what is free now."""
+    if settings.host_memory is not None:
+        return settings.host_memory
+    if settings.max_cpu_loras is not None:
+        rank = settings.max_lora_rank or DEFAULT_LORA_RANK
+        elements = sum(d_out + d_in for d_out, d_in in spec.lora_targets.values())
+        return settings.max_cpu_loras * rank * elements * _HOST_BYTES
+    return int(psutil.virtual_memory().available) // 4
+
+
+def _check(runner: Runner, adapter: Adapter, max_rank: int | None) -> None:
+    """Raise AdapterRefused for an adapter that can never be served here."""
+    if max_rank is not None and adapter.max_rank > max_rank:
+        raise AdapterRefused(
+            f"adapter '{adapter.id.name}' has rank {adapter.max_rank} and --max-lora-rank is {max_rank}; set it"
+            " higher, or leave it out: adapterd needs none"
+        )
+    check_fits(runner, adapter)

@@ -6,9 +6,10 @@ Looks and decides when; what to do about a name, and the reading itself, is the 
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from adapterd.watch import Found, Scan, Signature, scan
@@ -38,12 +39,19 @@ class FolderNames(Protocol):
 
 
 class FolderWatcher:
-    """Polls `roots` in a thread of its own, from `start` on. Reading is handed to `pool`."""
+    """Polls `roots` and the folders of `named` in a thread of its own, from `start` on. `pool` does the reading."""
 
     def __init__(
-        self, roots: Sequence[Path], names: FolderNames, pool: ThreadPoolExecutor, *, poll_seconds: float
+        self,
+        roots: Sequence[Path],
+        names: FolderNames,
+        pool: ThreadPoolExecutor,
+        *,
+        poll_seconds: float,
+        named: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self._roots = tuple(roots)
+        self._named = dict(named)
         self._names = names
         self._pool = pool
         self._poll_seconds = poll_seconds
@@ -75,7 +83,7 @@ class FolderWatcher:
             seconds = max(self._poll_seconds, 10 * (time.monotonic() - began))
 
     def _poll(self, *, first: bool) -> None:
-        result = scan(self._roots)
+        result = scan(self._roots, self._named)
         for problem in set(result.problems) - self._reported:
             _logger.warning("%s", problem)
         self._reported = set(result.problems)

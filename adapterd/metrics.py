@@ -5,7 +5,8 @@ A scrape never waits for the engine's thread: it reads the copy of the counters 
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from prometheus_client import ProcessCollector
 
@@ -36,16 +37,18 @@ class Metrics:
         registry: Callable[[], LoadedNames],
         *,
         spellings: Collection[Spelling] = ("prefixed", "bare"),
+        more_spellings: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`engine_stats` and `registry` are asked at scrapes alone: they may come to be after this."""
+        """`more_spellings`: what else clients may call an adapter -> its name. `engine_stats` and `registry` are
+        asked at scrapes alone: they may come to be after this."""
         self.clock = clock
         self.server_stats: Callable[[], ServerStats] = lambda: _NOT_SERVING
         """Set by whoever serves."""
         self._base_name = base_name
         self._engine_stats = engine_stats
         self._registry = registry
-        self._residency = Residency(base_name, spellings=spellings)
+        self._residency = Residency(base_name, spellings=spellings, more_spellings=more_spellings)
         self._process = _Process(clock)
         self._lock = threading.Lock()  # guards all below
         self._families = {s.name: Family(s.name, s.help, s.kind, s.labels, s.buckets) for s in SERIES}

@@ -7,10 +7,11 @@ is to be read when, `reading.py` reads it. Changes of one name take turns; reque
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
@@ -76,8 +77,10 @@ class AdapterRegistry:
         database: Database | None = None,
         host_bytes: int | None = None,
         events: AdapterEvents | None = None,
+        named: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
-        """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left.
+        """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left;
+        `named` are folders of one adapter each, beside the directories, and what they are called here.
 
         Without a `database` nothing is kept over a restart, without `host_bytes` all that is read stays in
         memory. Raises ConfigError if one of `directories` is none.
@@ -85,7 +88,7 @@ class AdapterRegistry:
         self._spec = spec
         self._reader = AdapterReader(
             spec,
-            directories,
+            [*directories, *named.values()],
             tokenizer=tokenizer,
             base_fingerprint=base_fingerprint,
             check=check,
@@ -94,7 +97,9 @@ class AdapterRegistry:
         self._database = Database(None) if database is None else database
         self._catalog = Catalog(self._database, host_bytes=host_bytes, on_drop=on_drop, events=events)
         self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
-        self._watcher = FolderWatcher(self._reader.roots, self, self._pool, poll_seconds=poll_seconds)
+        self._watcher = FolderWatcher(
+            self._reader.roots[: len(directories)], self, self._pool, poll_seconds=poll_seconds, named=named
+        )
         # One of a fixed number of locks per name: changes of one name take turns, a flood of names costs nothing.
         self._name_locks = tuple(threading.Lock() for _ in range(64))
         self._readings_lock = threading.Lock()
@@ -281,6 +286,7 @@ class AdapterRegistry:
         return RegistryStats(
             num_ready=states["READY"],
             num_failed=states["FAILED"],
+            num_loading=states["LOADING"],
             host_bytes_total=host.max_bytes,
             host_bytes=host.num_bytes,
             num_host_hits=host.num_hits,

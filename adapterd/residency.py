@@ -7,14 +7,17 @@ it is what its next request should be sent to.
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 from adapterd.core import AdapterId, EngineStats, LoadedName, RegistryStats, ServerStats
 
 Spelling = Literal["prefixed", "bare"]
 """`BASE:ADAPTER`, or `ADAPTER` alone."""
+
+PREFIXED: tuple[Spelling, ...] = ("prefixed",)
 
 MAX_HOST_ENTRIES = 1000
 """Entries of adapters in host memory; those on the device, which nobody may miss, are all listed."""
@@ -56,10 +59,14 @@ class Residency:
         base_name: str,
         *,
         spellings: Collection[Spelling] = ("prefixed", "bare"),
+        more_spellings: Mapping[str, str] = MappingProxyType({}),
         unix_time: Callable[[], float] = time.time,
     ) -> None:
         self._base_name = base_name
         self._spellings = frozenset(spellings)
+        self._more_spellings: dict[str, list[str]] = {}
+        for spelling, name in more_spellings.items():
+            self._more_spellings.setdefault(name, []).append(spelling)
         self._unix_time = unix_time
         self._key: object = None
         self._view = RouterView((), (), (), 0, unix_time())
@@ -103,8 +110,13 @@ class Residency:
         )
 
     def _spelled(self, name: str) -> list[str]:
-        prefixed = [f"{self._base_name}:{name}"] if "prefixed" in self._spellings else []
-        return [*prefixed, name] if "bare" in self._spellings else prefixed
+        return [*spelled(self._base_name, name, self._spellings), *self._more_spellings.get(name, ())]
+
+
+def spelled(base_name: str, name: str, spellings: Collection[Spelling]) -> list[str]:
+    """An adapter as clients may call it."""
+    prefixed = [f"{base_name}:{name}"] if "prefixed" in spellings else []
+    return [*prefixed, name] if "bare" in spellings else prefixed
 
 
 def _num_fitting(engine: EngineStats, registry: RegistryStats) -> int:

@@ -5,9 +5,10 @@ Reads no file's content and keeps no state; `registry.py` decides what to load.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from adapterd.file_names import ADAPTER_FILES, CONFIG_FILE, REFUSED_FILES, SEAL_FILE
 from adapterd.model_name import is_adapter_name
@@ -50,9 +51,16 @@ class Scan:
     problems: tuple[str, ...]
 
 
-def scan(roots: Sequence[Path]) -> Scan:
-    """All adapters below the roots: each folder with an adapter_config.json, or a root that is one itself."""
-    found: dict[str, Found] = {}
+def scan(roots: Sequence[Path], named: Mapping[str, Path] = MappingProxyType({})) -> Scan:
+    """All adapters below the roots: each folder with an adapter_config.json, or a root that is one itself.
+
+    `named` are folders beside the roots, each of one adapter, under names that they need not bear.
+    """
+    found = {
+        name: Found(name, path, path, signature)
+        for name, path in named.items()
+        if (signature := signature_of(path)) is not None
+    }
     unreadable: set[Path] = set()
     problems: list[str] = []
     for root in roots:

@@ -109,3 +109,37 @@ def test_every_setting_has_help_and_a_valid_default(settings: type) -> None:
             settings.__pydantic_validator__.validate_assignment(
                 settings.model_construct(), field, info.default
             )
+
+
+def test_vllms_flags_mean_what_they_say_or_are_refused() -> None:
+    modules = ["a=/x", '{"name": "b", "path": "/y"}']
+    flags = {"enable_lora": True, "lora_modules": modules, "max_loras": "4", "max_lora_rank": "16"}
+    settings = load_settings(ServeSettings, flags, {})
+    assert [(module.name, str(module.path)) for module in settings.lora_modules] == [("a", "/x"), ("b", "/y")]
+    assert (settings.max_loras, settings.max_lora_rank) == (4, 16)
+    with pytest.raises(ConfigError, match="--enable-lora: False cannot be"):
+        load_settings(ServeSettings, {"enable_lora": False}, {})
+    with pytest.raises(ConfigError, match=r"--lora-modules: .* is neither NAME=PATH"):
+        load_settings(ServeSettings, {"lora_modules": ["a"]}, {})
+    with pytest.raises(ConfigError, match="--max-loras and --adapter-memory both say"):
+        load_settings(ServeSettings, {"max_loras": "4", "adapter_memory": "1GiB"}, {})
+
+
+def test_lora_modules_in_a_variable_and_in_a_file(tmp_path: Path) -> None:
+    variable = {"ADAPTERD_LORA_MODULES": 'a=/x\n{"name": "b", "path": "/y"}', "ADAPTERD_ENABLE_LORA": "true"}
+    file = tmp_path / "serve.toml"
+    file.write_text('lora_modules = ["a=/x", {name = "b", path = "/y"}]\n')
+    for settings in (
+        load_settings(ServeSettings, {}, variable),
+        load_settings(ServeSettings, {}, {}, config=file),
+    ):
+        assert [module.name for module in settings.lora_modules] == ["a", "b"]
+
+
+def test_how_adapters_are_called_depends_on_who_looks_for_them() -> None:
+    plain = load_settings(ServeSettings, {}, {})
+    assert (plain.listed_spellings, plain.router_spellings) == (("prefixed",), ("prefixed", "bare"))
+    loading = load_settings(ServeSettings, {"allow_runtime_adapters": True}, {})
+    assert loading.listed_spellings == ("prefixed", "bare")
+    bare = load_settings(ServeSettings, {"allow_runtime_adapters": True, "model_id_style": "bare"}, {})
+    assert bare.listed_spellings == bare.router_spellings == ("bare",)

@@ -13,9 +13,12 @@ PACKAGE = Path(adapterd.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below. Of the two in the middle,
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("core", "config", "errors", "file_names", "__init__"),
+    ("core", "errors", "file_names", "__init__"),
     ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
-    ("peft_config", "sidecars", "tensor_file", "token_table", "model_name", "messages"),
+    (
+        *("config", "lora_modules", "peft_config", "sidecars", "tensor_file", "token_table", "model_name"),
+        "messages",
+    ),
     ("sources.source", "sources.allow", "sources.partial"),
     ("manifest", "sources"),
     ("adapter", "adapter_writer", "render"),

@@ -92,6 +92,12 @@ def test_one_spelling_may_be_all_there_is() -> None:
     assert view.max_entries == 1 + 1000 // 10
 
 
+def test_an_adapter_may_have_more_spellings() -> None:
+    residency = Residency("base", spellings=("bare",), more_spellings={"publishers/x/models/a": "a"})
+    view = look(residency, Names(LoadedName("a", A, 8, False)), resident=(A,), resident_bytes=(10,))
+    assert [entry.adapter_name for entry in view.on_device] == ["a", "publishers/x/models/a"]
+
+
 def test_host_entries_are_bounded_and_device_entries_are_not(residency: Residency) -> None:
     names = Names(*(LoadedName(f"n{number}", A, 8, False) for number in range(MAX_HOST_ENTRIES)))
     assert len(look(residency, names).on_host) == MAX_HOST_ENTRIES

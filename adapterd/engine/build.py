@@ -20,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class EngineSizes(Protocol):
-    """The settings an engine needs; `config.EngineSettings` has them. Memory in bytes, None: by what is free."""
+    """The settings an engine needs; `config.EngineSettings` has them. Memory in bytes, None: by what is free, or as
+    much as `max_loras` adapters of rank `max_lora_rank` on every linear take."""
 
     @property
     def kv_memory(self) -> int | None: ...
     @property
     def adapter_memory(self) -> int | None: ...
+    @property
+    def max_loras(self) -> int | None: ...
+    @property
+    def max_lora_rank(self) -> int | None: ...
     @property
     def max_num_batched_tokens(self) -> int: ...
     @property
@@ -86,7 +91,9 @@ def build_engine(
 ) -> tuple[Runner, Engine]:
     """A runner with its memory set aside, and an engine over it. `weights` finds those of a leased version."""
     num_kv_blocks = size_kv_pool(base, settings.kv_memory, settings.max_num_seqs)
-    adapter_bytes = size_adapter_memory(base, settings.adapter_memory)
+    adapter_bytes = size_adapter_memory(
+        base, settings.adapter_memory, max_loras=settings.max_loras, max_rank=settings.max_lora_rank
+    )
     in_use = WeightsInUse(weights)
     runner = Runner(
         base,

@@ -221,9 +221,10 @@ class Engine:
                 outputs = self.step()
                 if outputs:
                     deliver(outputs)
-        except Exception as error:
+        except BaseException as error:
             # The step may have left device and books apart, so nothing more is computed: every sequence is
-            # told, and /livez turns red so that the process is replaced.
+            # told, and /livez turns red so that the process is replaced. Panics of native code are no Exception,
+            # and a thread that dies of one in silence would look busy for as long as a step may take.
             logger.exception("the engine failed")
             deliver(self._fail(f"{type(error).__name__} in the engine"))
 

@@ -156,6 +156,12 @@ class LoraBank:
         assert sorted(held + self._free) == list(range(self.num_pages))
 
 
+def adapter_bytes_of_rank(targets: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> int:
+    """What an adapter of this rank on every target takes in a bank."""
+    geometry = PageGeometry.choose(targets)
+    return geometry.num_pages((module, rank) for module in targets) * geometry.page_elements * dtype.itemsize
+
+
 def _consecutive_runs(pages: list[int]) -> list[tuple[int, int]]:
     """[3, 4, 5, 9] -> [(3, 3), (9, 1)]: first page and length of each run."""
     runs: list[tuple[int, int]] = []

@@ -17,13 +17,16 @@ from adapterd.core import AdapterEvents, AdapterId, Batch, SampledToken, Sequenc
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
-from adapterd.model.lora import LoraBank, Segment
+from adapterd.model.lora import LoraBank, Segment, adapter_bytes_of_rank
 from adapterd.model.sampler import SamplerRow, logprobs_of, sample
 
 if TYPE_CHECKING:
     from adapterd.model.cuda_graphs import GraphedForward
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_LORA_RANK = 16
+"""vLLM's, where a number of adapters is said and no rank."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +224,15 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def size_adapter_memory(base: Base, adapter_bytes: int | None) -> int:
-    """Bytes of adapter memory: as given, or by default a tenth of what is free, 1 GiB at most on a CPU."""
+def size_adapter_memory(
+    base: Base, adapter_bytes: int | None, *, max_loras: int | None = None, max_rank: int | None = None
+) -> int:
+    """Bytes of adapter memory: as given, or room for `max_loras` adapters of rank `max_rank` on every linear, or by
+    default a tenth of what is free, 1 GiB at most on a CPU."""
     if adapter_bytes is not None:
         return adapter_bytes
+    if max_loras is not None:
+        rank = DEFAULT_LORA_RANK if max_rank is None else max_rank
+        return max_loras * adapter_bytes_of_rank(base.spec.lora_targets, rank, base.dtype)
     share = free_bytes(base.device) // 10
     return share if base.device.type == "cuda" else min(share, 2**30)

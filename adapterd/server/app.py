@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -11,20 +11,28 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterd.server.adapters import SglangAdapters, VllmAdapters
-from adapterd.server.auth import ApiKeys
+from adapterd.server.auth import ApiKeys, admin_only
+from adapterd.server.drain import ClosingConnections
 from adapterd.server.envelope import EXCEPTION_HANDLERS
 from adapterd.server.generate import CHAT, COMPLETIONS, Generate
 from adapterd.server.health import Health
+from adapterd.server.keys import KeyRing, Role
 from adapterd.server.models import Models
 from adapterd.server.openapi import openapi
 from adapterd.server.state import ServerState
 
 
 def create_app(
-    state: ServerState, *, allow_runtime_adapters: bool = False, key_hashes: Iterable[bytes] = ()
+    state: ServerState,
+    *,
+    allow_runtime_adapters: bool = False,
+    keys: KeyRing | None = None,
+    without_key: Role | None = "admin",
 ) -> Starlette:
-    """The app starts the engine and the registry with its lifespan. Without `key_hashes` everyone may ask."""
-    keys = tuple(key_hashes)
+    """The app starts the engine and the registry with its lifespan.
+
+    `without_key` is what a caller is who sends no key of `keys`.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -35,7 +43,8 @@ def create_app(
         routes=routes(state, allow_runtime_adapters=allow_runtime_adapters),
         middleware=[
             Middleware(RequestIds),
-            *([Middleware(ApiKeys, key_hashes=keys)] if keys else []),
+            Middleware(ClosingConnections, drain=state.drain),
+            Middleware(ApiKeys, keys=keys, without_key=without_key),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
@@ -61,10 +70,10 @@ def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRout
     ]
     if allow_runtime_adapters:
         served += [
-            Route("/v1/load_lora_adapter", vllm.load, methods=["POST"]),
-            Route("/v1/unload_lora_adapter", vllm.unload, methods=["POST"]),
-            Route("/load_lora_adapter", sglang.load, methods=["POST"]),
-            Route("/unload_lora_adapter", sglang.unload, methods=["POST"]),
+            Route("/v1/load_lora_adapter", admin_only(vllm.load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", admin_only(vllm.unload), methods=["POST"]),
+            Route("/load_lora_adapter", admin_only(sglang.load), methods=["POST"]),
+            Route("/unload_lora_adapter", admin_only(sglang.unload), methods=["POST"]),
         ]
     return served
 

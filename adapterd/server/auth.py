@@ -1,44 +1,47 @@
-"""API keys: who may ask at all. Probes, version and metrics stay open, for they carry no one's data."""
+"""Who may ask at all, and who may change what is served. Probes, version and metrics are open to everyone."""
 
-import hashlib
-import hmac
 import ipaddress
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from functools import wraps
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapterd.errors import ConfigError, Unauthorized
+from adapterd.errors import ConfigError, Forbidden, Unauthorized
 from adapterd.server.envelope import on_adapterd_error
+from adapterd.server.keys import KeyRing, Role
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version"})
 
+_ROLE = "adapterd.role"
+"""Where a scope says who asks."""
 
-def read_key_hashes(file: Path) -> tuple[bytes, ...]:
-    """SHA-256 of each key, one a line; blank lines and lines that start with # are left out.
+Endpoint = Callable[[Request], Awaitable[Response]]
 
-    Raises ConfigError if the file cannot be read or holds no key.
+
+def check_exposure(
+    host: str, keys: KeyRing | None, *, insecure_no_auth: bool, allow_runtime_adapters: bool
+) -> None:
+    """Raises ConfigError where others could reach what nobody guards.
+
+    `insecure_no_auth` is an operator's word that somebody in front checks the clients; nobody in front can tell
+    an admin, so changing what is served needs a key of ours all the same.
     """
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}", param="api_key_file") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
-    if not keys:
-        raise ConfigError(f"{file} holds no API key", param="api_key_file")
-    return tuple(hashlib.sha256(key).digest() for key in keys)
-
-
-def check_exposure(host: str, *, has_keys: bool, insecure_no_auth: bool) -> None:
-    """Raises ConfigError for an address that others can reach, without keys."""
-    if has_keys or insecure_no_auth or _is_loopback(host):
-        return
-    raise ConfigError(
-        f"--host {host} can be reached from other machines and no API key is set; start with"
-        " --api-key-file FILE, or with --insecure-no-auth if something in front checks who calls",
-        param="host",
-    )
+    is_public = not _is_loopback(host)
+    if is_public and keys is None and not insecure_no_auth:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines and no API key is set; start with"
+            " --api-key-file FILE, or with --insecure-no-auth if something in front checks who calls",
+            param="host",
+        )
+    has_admin = keys is not None and keys.has("admin")
+    if allow_runtime_adapters and not has_admin and (is_public or keys is not None):
+        raise ConfigError(
+            "--allow-runtime-adapters lets callers change what is served, and no admin key is set; start with"
+            " --admin-key-file FILE, or write role=admin behind a key in --api-key-file",
+            param="allow_runtime_adapters",
+        )
 
 
 def _is_loopback(host: str) -> bool:
@@ -51,26 +54,52 @@ def _is_loopback(host: str) -> bool:
 
 
 class ApiKeys:
-    """Middleware that asks for `Authorization: Bearer KEY`.
+    """Middleware that asks for `Authorization: Bearer KEY` and tells the endpoints whose key it was.
 
-    Hashes are compared, all of them every time: neither a key's bytes nor its place show in the time it takes.
+    `without_key` is what someone is who sends none that is known: without any `keys` at all, an admin; nobody,
+    or just a client, where there are keys.
     """
 
-    def __init__(self, app: ASGIApp, key_hashes: Iterable[bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, without_key: Role | None) -> None:
         self._app = app
-        self._key_hashes = tuple(key_hashes)
+        self._keys = keys
+        self._without_key = without_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_known(scope):
-            error = Unauthorized("Incorrect or missing API key; send 'Authorization: Bearer KEY'.")
-            response = await on_adapterd_error(Request(scope), error)
-            await response(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            scope[_ROLE] = self._role(scope)
+            if scope[_ROLE] is None and scope["path"] not in OPEN_PATHS:
+                error = Unauthorized("Incorrect or missing API key; send 'Authorization: Bearer KEY'.")
+                response = await on_adapterd_error(Request(scope), error)
+                await response(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
-    def _is_known(self, scope: Scope) -> bool:
+    def _role(self, scope: Scope) -> Role | None:
+        if self._keys is None or scope["path"] in OPEN_PATHS:
+            return self._without_key
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._key_hashes]
-        return scheme.lower() == b"bearer" and any(matches)
+        role = self._keys.role_of(key.strip())
+        return role if role is not None and scheme.lower() == b"bearer" else self._without_key
+
+
+def without_key(keys: KeyRing | None, *, insecure_no_auth: bool) -> Role | None:
+    """What a caller is who sends no known key, in a daemon that `check_exposure` has let start."""
+    if keys is None:
+        return "admin"
+    return "client" if insecure_no_auth and not keys.has("client") else None
+
+
+def admin_only(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, for those alone who may change what is served."""
+
+    @wraps(endpoint)
+    async def guarded(request: Request) -> Response:
+        if request.scope[_ROLE] != "admin":
+            raise Forbidden(
+                "this needs an admin's API key; a key becomes one by 'role=admin' in the key file"
+            )
+        return await endpoint(request)
+
+    return guarded

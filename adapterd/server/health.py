@@ -17,8 +17,8 @@ class Health:
         return _probe(self._state.readiness.why_dead())
 
     async def readyz(self, request: Request) -> Response:
-        """Red while the first adapters load, while draining, and when not live."""
-        return _probe(self._state.why_unready())
+        """Red until the first adapters are read and the first forwards done, while draining, and when not live."""
+        return _probe(self._state.readiness.why_unready())
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": adapterd.__version__})

@@ -14,8 +14,12 @@ class Models:
         self._state = state
 
     async def list(self, request: Request) -> Response:
-        entries = self._state.daemon.registry.list()
-        cards = [self._adapter_card(entry) for entry in entries if entry.id is not None]
+        cards = [
+            self._adapter_card(entry, model_id)
+            for entry in self._state.daemon.registry.list()
+            if entry.id is not None
+            for model_id in self._state.model_ids(entry.name)
+        ]
         models: ModelList = {"object": "list", "data": [self._base_card(), *cards]}
         return JSONResponse(models)
 
@@ -27,7 +31,7 @@ class Models:
         if resolved.mix:
             entry = next((e for e in registry.list() if e.name == resolved.adapter_names[0]), None)
             if entry is not None and len(resolved.mix) == 1:
-                card = self._adapter_card(entry)
+                card = self._adapter_card(entry, resolved.model)
             card |= {"id": resolved.model, "parent": self._state.spec.name, "digest": resolved.digest}
         return JSONResponse(card)
 
@@ -44,9 +48,9 @@ class Models:
             "digest": BASE_ADAPTER.digest,
         }
 
-    def _adapter_card(self, entry: AdapterEntry) -> ModelCard:
+    def _adapter_card(self, entry: AdapterEntry, model_id: str) -> ModelCard:
         card = self._base_card()
-        card["id"] = f"{self._state.spec.name}:{entry.name}"
+        card["id"] = model_id
         card["created"] = int(entry.loaded_at or self._state.created_unix)
         card["root"] = str(entry.path)
         card["parent"] = self._state.spec.name

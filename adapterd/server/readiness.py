@@ -6,6 +6,7 @@ cannot be served: if it did, one bad folder or one busy minute would take every 
 
 import time
 
+from adapterd.server.drain import Drain
 from adapterd.server.seams import Daemon
 
 MAX_STEP_SECONDS = 120.0
@@ -13,11 +14,15 @@ MAX_STEP_SECONDS = 120.0
 
 
 class Readiness:
-    """`why_dead` and `why_unready` are asked by probes, on the event loop: they wait for nothing."""
+    """Asked by probes, on the event loop: waits for nothing. `is_warm` is set once the first forwards are done."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, drain: Drain, *, is_warm: bool) -> None:
         self._daemon = daemon
+        self._drain = drain
         self._has_loaded = False
+        self.is_warm = is_warm
+        self.failure: str | None = None
+        """Why it will never be ready."""
 
     def why_dead(self) -> str | None:
         stats = self._daemon.engine.stats()
@@ -27,16 +32,18 @@ class Readiness:
             return "the engine hangs"
         return None
 
-    def why_unready(self, *, is_draining: bool) -> str | None:
-        if (reason := self.why_dead()) is not None:
-            return reason
-        if is_draining:
+    def why_unready(self) -> str | None:
+        if self._drain.has_begun:
             return "shutting down"
-        return None if self.has_loaded() else "loading adapters"
+        if (reason := self.why_dead() or self.failure) is not None:
+            return reason
+        if not self.has_loaded():
+            return "loading adapters"
+        return None if self.is_warm else "warming up"
 
     def has_loaded(self) -> bool:
         """Whether the adapters that were there at the start are read. True from then on: what loads or fails
         later is that adapter's affair, not the server's."""
         if not self._has_loaded:
-            self._has_loaded = all(entry.state != "LOADING" for entry in self._daemon.registry.list())
+            self._has_loaded = self._daemon.registry.stats().num_loading == 0
         return self._has_loaded

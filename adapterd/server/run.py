@@ -1,5 +1,6 @@
 """Serving the app on a socket until a signal says to stop: first no new work, then the end of the old, then exit."""
 
+import signal
 import socket
 import sys
 import time
@@ -44,11 +45,18 @@ class DrainingServer(uvicorn.Server):
     """Serves `app` until SIGTERM or SIGINT, or until the engine fails.
 
     uvicorn alone closes its listener at the first signal; a server behind a balancer has to outlast the news
-    of it. `on_ready` is called once, when the adapters that were there at the start are read.
+    of it. SIGTERM comes from whoever also tells the balancer: new work is taken for `drain_delay` seconds more,
+    and what runs then has `drain_timeout` to finish. `on_ready` is called once, when /readyz turns green.
     """
 
     def __init__(
-        self, app: Starlette, state: ServerState, *, drain_timeout: float, on_ready: Callable[[], None]
+        self,
+        app: Starlette,
+        state: ServerState,
+        *,
+        drain_timeout: float,
+        on_ready: Callable[[], None],
+        drain_delay: float = 0.0,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -63,6 +71,7 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._state = state
+        self._drain_delay = drain_delay
         self._drain_timeout = drain_timeout
         self._on_ready = on_ready
         self._is_announced = False
@@ -78,8 +87,9 @@ class DrainingServer(uvicorn.Server):
         if self._state.drain.has_begun:
             self.should_exit = self.force_exit = True
             return
-        self._deadline_seconds = time.monotonic() + self._drain_timeout
-        self._state.drain.begin()
+        delay = self._drain_delay if sig == signal.SIGTERM else 0.0
+        self._deadline_seconds = time.monotonic() + delay + self._drain_timeout
+        self._state.drain.begin(delay_seconds=delay)
 
     async def on_tick(self, counter: int) -> bool:
         if await super().on_tick(counter):
@@ -87,7 +97,7 @@ class DrainingServer(uvicorn.Server):
         if self._state.daemon.engine.stats().failed is not None:
             self._has_failed = True
             return True
-        if not self._is_announced and self._state.readiness.has_loaded():
+        if not self._is_announced and self._state.readiness.why_unready() is None:
             self._is_announced = True
             self._on_ready()
         return self._is_drained()

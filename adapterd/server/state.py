@@ -1,68 +1,62 @@
-"""What the endpoints share: the rooms beside the server, and whether it is up, draining or done."""
+"""What the endpoints share: the rooms beside the server, and how adapters are called here."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 from adapterd.core import ServerStats
-from adapterd.errors import BeingRead, Unavailable
+from adapterd.errors import AdapterdError, BeingRead
+from adapterd.residency import PREFIXED, Spelling, spelled
+from adapterd.server.drain import Drain
 from adapterd.server.readiness import Readiness
 from adapterd.server.render_pool import RenderPool
 from adapterd.server.seams import Daemon, ResolvedModel
 from adapterd.server.streams import OutputStreams
+from adapterd.server.warm_up import warm_up
 
-DRAIN_RETRY_SECONDS = 5
+_logger = logging.getLogger(__name__)
+
+_LOADING_POLL_SECONDS = 0.05
 READING_SECONDS = 30.0
 """How long a request waits for weights that have to be read first."""
-
-
-class Drain:
-    """Counts running generations; once begun, takes no new ones. Event loop only."""
-
-    def __init__(self) -> None:
-        self.has_begun = False
-        self.num_running = 0
-
-    def begin(self) -> None:
-        self.has_begun = True
-
-    @property
-    def is_complete(self) -> bool:
-        return self.has_begun and self.num_running == 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Raises Unavailable while draining."""
-        if self.has_begun:
-            raise Unavailable("the server is shutting down", retry_after_seconds=DRAIN_RETRY_SECONDS)
-        self.num_running += 1
-        try:
-            yield
-        finally:
-            self.num_running -= 1
 
 
 class ServerState:
     """`streams` and `render_pool` live between start and stop of the app, on its event loop."""
 
-    def __init__(self, daemon: Daemon, *, max_queue: int = 1024) -> None:
+    def __init__(
+        self,
+        daemon: Daemon,
+        *,
+        max_queue: int = 1024,
+        spellings: Collection[Spelling] = PREFIXED,
+        more_spellings: Mapping[str, str] = MappingProxyType({}),
+        warms_up: bool = False,
+    ) -> None:
+        """`spellings`: how /v1/models lists adapters; requests may use any. `more_spellings`: what
+        else a request's `model` may be -> an adapter's name. `warms_up`: ready after a forward."""
         self.daemon = daemon
         self.spec = replace(daemon.spec, max_model_len=daemon.engine.max_model_len)
         self.metrics = daemon.metrics
         self.metrics.server_stats = self.stats
         self.drain = Drain()
-        self.readiness = Readiness(daemon)
+        self.readiness = Readiness(daemon, self.drain, is_warm=not warms_up)
         self.created_unix = int(time.time())
         self.streams: OutputStreams
         self.render_pool: RenderPool
         self._max_queue = max_queue
+        self._spellings = frozenset(spellings)
+        self._more_spellings = dict(more_spellings)
         self._num_reading: Counter[str] = Counter()  # requests that wait for weights, by adapter
 
     async def resolve(self, model: str) -> ResolvedModel:
         """What `model` names now; waits, off the engine's thread and for a bounded time, where weights are read."""
+        model = self._more_spellings.get(model, model)
         deadline_seconds = time.monotonic() + READING_SECONDS
         while True:
             try:
@@ -93,14 +87,14 @@ class ServerState:
         entries = self.daemon.registry.list()
         return [self.spec.name, *(f"{self.spec.name}:{e.name}" for e in entries if e.id is not None)]
 
-    def why_unready(self) -> str | None:
-        """Why /readyz is red, if it is."""
-        return self.readiness.why_unready(is_draining=self.drain.has_begun)
+    def model_ids(self, name: str) -> list[str]:
+        """How an adapter is listed."""
+        return spelled(self.spec.name, name, self._spellings)
 
     def stats(self) -> ServerStats:
         return ServerStats(
             reading=tuple(sorted(self._num_reading.items())),
-            is_ready=self.why_unready() is None,
+            is_ready=self.readiness.why_unready() is None,
             is_draining=self.drain.has_begun,
         )
 
@@ -111,9 +105,25 @@ class ServerState:
         self.render_pool = RenderPool(max_waiting=max(1, self._max_queue))
         self.daemon.registry.start()
         self.daemon.engine.start(self.streams.deliver)
+        warming_up = asyncio.create_task(self._warm_up())
         try:
             yield
         finally:
+            warming_up.cancel()
+            await asyncio.gather(warming_up, return_exceptions=True)
             await asyncio.to_thread(self.daemon.engine.stop)
             await asyncio.to_thread(self.daemon.registry.stop)
             await asyncio.to_thread(self.render_pool.close)
+
+    async def _warm_up(self) -> None:
+        while not self.readiness.is_warm:
+            await asyncio.sleep(_LOADING_POLL_SECONDS)
+            if not self.readiness.has_loaded():
+                continue
+            try:
+                await warm_up(self)
+            except AdapterdError as error:
+                self.readiness.failure = f"the warm-up failed: {error.message}"
+                _logger.error("%s", self.readiness.failure)
+                return
+            self.readiness.is_warm = True

@@ -101,6 +101,7 @@ def server_url(tiny_base: Path) -> Iterator[str]:
         base=str(tiny_base), adapters=(tiny_base.parent / "adapters",), kv_memory=2**22, adapter_memory=2**22
     )
     daemon = Daemon.build(settings)
-    with listening(create_app(ServerState(daemon), allow_runtime_adapters=True)) as url:
+    state = ServerState(daemon, spellings=("prefixed", "bare"))
+    with listening(create_app(state, allow_runtime_adapters=True)) as url:
         assert daemon.registry.wait_loaded(30)
         yield url

@@ -64,6 +64,7 @@ STATS = EngineStats(
 REGISTRY_STATS = RegistryStats(
     num_ready=1,
     num_failed=0,
+    num_loading=0,
     host_bytes_total=1000,
     host_bytes=100,
     num_host_hits=4,
@@ -182,7 +183,8 @@ class FakeRegistry:
         return self.entries[name]
 
     def stats(self) -> RegistryStats:
-        return REGISTRY_STATS
+        loading = [entry for entry in self.entries.values() if entry.state == "LOADING"]
+        return replace(REGISTRY_STATS, num_loading=len(loading))
 
     def loaded(self, on_device: Collection[AdapterId]) -> Sequence[LoadedName]:
         return tuple(
@@ -228,6 +230,12 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return replace(self._stats, heartbeat_seconds=time.monotonic())
+
+    def release(self) -> None:
+        """Compute again what was held."""
+        with self._changed:
+            self.is_held = False
+            self._changed.notify()
 
     def fail(self, reason: str) -> None:
         self._stats = replace(self._stats, failed=reason)

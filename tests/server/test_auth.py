@@ -1,16 +1,31 @@
-"""API keys, and the refusal to be reached from outside without them."""
+"""Who may ask, who may change what is served, and the refusal to be reached from outside without keys."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
+from starlette.routing import Route
 
 from adapterd.errors import ConfigError
-from adapterd.server.auth import OPEN_PATHS, check_exposure, read_key_hashes
+from adapterd.server.app import routes
+from adapterd.server.auth import OPEN_PATHS, check_exposure, without_key
+from adapterd.server.keys import KeyRing
 from adapterd.server.state import ServerState
 from tests.server.conftest import asking
 
-KEYS = tuple(hashlib.sha256(key).digest() for key in (b"first", b"second"))
+LOADS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter")
+GENERATES = {"/v1/chat/completions", "/v1/completions"}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyRing:
+    (tmp_path / "keys").write_text("first\nsecond\nboss role=admin\n")
+    return KeyRing([(tmp_path / "keys", "client")])
+
+
+@pytest.fixture
+def admin_keys(tmp_path: Path) -> KeyRing:
+    (tmp_path / "admins").write_text("boss\n")
+    return KeyRing([(tmp_path / "admins", "admin")])
 
 
 @pytest.mark.anyio
@@ -28,47 +43,115 @@ KEYS = tuple(hashlib.sha256(key).digest() for key in (b"first", b"second"))
         [("authorization", "Bearer first"), ("authorization", "Bearer wrong")],
     ],
 )
-async def test_without_a_known_key_every_closed_path_is_401(state: ServerState, headers: object) -> None:
-    async with asking(state, key_hashes=KEYS) as client:
-        for path in ("/v1/models", "/v1/chat/completions", "//v1/models", "/nowhere", "/openapi.json"):
+async def test_without_a_known_key_every_closed_path_is_401(
+    state: ServerState, keys: KeyRing, headers: object
+) -> None:
+    async with asking(state, keys=keys, without_key=None, allow_runtime_adapters=True) as client:
+        for path in (
+            "/v1/models",
+            "/v1/chat/completions",
+            "//v1/models",
+            "/nowhere",
+            "/openapi.json",
+            *LOADS,
+        ):
             for method in ("GET", "POST", "OPTIONS"):
                 response = await client.request(method, path, headers=headers)
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("header", ["Bearer first", "Bearer second", "bearer first"])
-async def test_any_of_the_keys_opens(state: ServerState, header: str) -> None:
-    async with asking(state, key_hashes=KEYS) as client:
+@pytest.mark.parametrize("header", ["Bearer first", "Bearer second", "bearer first", "Bearer boss"])
+async def test_any_of_the_keys_opens(state: ServerState, keys: KeyRing, header: str) -> None:
+    async with asking(state, keys=keys, without_key=None) as client:
         assert (await client.get("/v1/models", headers={"authorization": header})).status_code == 200
 
 
 @pytest.mark.anyio
-async def test_probes_and_metrics_stay_open(state: ServerState) -> None:
-    async with asking(state, key_hashes=KEYS) as client:
+async def test_probes_and_metrics_stay_open(state: ServerState, keys: KeyRing) -> None:
+    async with asking(state, keys=keys, without_key=None) as client:
         for path in OPEN_PATHS:
             assert (await client.get(path)).status_code == 200
 
 
-def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# the first team\nfirst\n\n  second  \n")
-    assert read_key_hashes(file) == KEYS
-    file.write_text("# nobody yet\n")
-    with pytest.raises(ConfigError, match="holds no API key"):
-        read_key_hashes(file)
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_key_hashes(tmp_path / "missing")
+@pytest.mark.anyio
+async def test_only_an_admins_key_changes_what_is_served(state: ServerState, keys: KeyRing) -> None:
+    body = {"lora_name": "x", "lora_path": "x"}
+    async with asking(state, keys=keys, without_key=None, allow_runtime_adapters=True) as client:
+        for path in LOADS:
+            refused = await client.post(path, json=body, headers={"authorization": "Bearer first"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        allowed = await client.post(LOADS[0], json=body, headers={"authorization": "Bearer boss"})
+        assert allowed.status_code == 200
+
+
+@pytest.mark.anyio
+async def test_with_admins_keys_alone_clients_may_be_unknown(state: ServerState, admin_keys: KeyRing) -> None:
+    """Somebody in front checks the clients; nobody in front can tell an admin."""
+    body = {"lora_name": "x", "lora_path": "x"}
+    role = without_key(admin_keys, insecure_no_auth=True)
+    async with asking(state, keys=admin_keys, without_key=role, allow_runtime_adapters=True) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/v1/models", headers={"authorization": "Bearer none"})).status_code == 200
+        assert (await client.post(LOADS[0], json=body)).status_code == 403
+        boss = {"authorization": "Bearer boss"}
+        assert (await client.post(LOADS[0], json=body, headers=boss)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_every_route_that_changes_something_asks_for_an_admin(
+    state: ServerState, keys: KeyRing
+) -> None:
+    client_key = {"authorization": "Bearer first"}
+    async with asking(state, keys=keys, without_key=None, allow_runtime_adapters=True) as client:
+        changing = 0
+        for route in routes(state, allow_runtime_adapters=True):
+            assert isinstance(route, Route)
+            for method in (route.methods or set()) - {"GET", "HEAD"}:
+                if route.path not in GENERATES:
+                    changing += 1
+                    path = route.path.replace("{", "").replace("}", "")
+                    response = await client.request(method, path, headers=client_key)
+                    assert response.status_code == 403, f"{method} {route.path}"
+        assert changing >= len(LOADS)
+
+
+def allowed(host: str, keys: KeyRing | None, *, insecure: bool = False, runtime: bool = False) -> bool:
+    try:
+        check_exposure(host, keys, insecure_no_auth=insecure, allow_runtime_adapters=runtime)
+    except ConfigError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_this_machine_alone_needs_no_keys(host: str) -> None:
-    check_exposure(host, has_keys=False, insecure_no_auth=False)
+    assert allowed(host, None)
+    assert allowed(host, None, runtime=True)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com"])
-def test_others_can_reach_it_only_with_keys_or_by_insisting(host: str) -> None:
+def test_others_can_reach_it_only_with_keys_or_by_insisting(host: str, keys: KeyRing) -> None:
     with pytest.raises(ConfigError, match="--api-key-file"):
-        check_exposure(host, has_keys=False, insecure_no_auth=False)
-    check_exposure(host, has_keys=True, insecure_no_auth=False)
-    check_exposure(host, has_keys=False, insecure_no_auth=True)
+        check_exposure(host, None, insecure_no_auth=False, allow_runtime_adapters=False)
+    assert allowed(host, keys)
+    assert allowed(host, None, insecure=True)
+
+
+def test_adapters_change_at_run_time_only_under_an_admins_key(
+    tmp_path: Path, keys: KeyRing, admin_keys: KeyRing
+) -> None:
+    (tmp_path / "plain").write_text("first\n")
+    plain = KeyRing([(tmp_path / "plain", "client")])
+    assert not allowed("0.0.0.0", None, insecure=True, runtime=True)
+    assert not allowed("0.0.0.0", plain, runtime=True)
+    assert not allowed("127.0.0.1", plain, runtime=True)
+    assert allowed("0.0.0.0", keys, runtime=True)
+    assert allowed("0.0.0.0", admin_keys, insecure=True, runtime=True)
+
+
+def test_who_sends_no_key(keys: KeyRing, admin_keys: KeyRing) -> None:
+    assert without_key(None, insecure_no_auth=True) == "admin"
+    assert without_key(keys, insecure_no_auth=True) is None
+    assert without_key(admin_keys, insecure_no_auth=True) == "client"
+    assert without_key(admin_keys, insecure_no_auth=False) is None

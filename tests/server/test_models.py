@@ -3,6 +3,9 @@
 import httpx
 import pytest
 
+from adapterd.residency import Spelling
+from adapterd.server.state import ServerState
+from tests.server.conftest import asking
 from tests.server.fakes import SUPPORT, FakeDaemon, FakeEntry
 
 pytestmark = pytest.mark.anyio
@@ -24,6 +27,23 @@ async def test_the_base_comes_first_then_each_adapter_with_parent_and_root(clien
         "max_model_len": 200,
         "digest": SUPPORT.digest,
     }
+
+
+@pytest.mark.parametrize(
+    ("spellings", "ids"),
+    [
+        (("prefixed",), ["tiny", "tiny:support"]),
+        (("bare",), ["tiny", "support"]),
+        (("prefixed", "bare"), ["tiny", "tiny:support", "support"]),
+    ],
+)
+async def test_adapters_are_listed_as_asked_for(
+    daemon: FakeDaemon, spellings: tuple[Spelling, ...], ids: list[str]
+) -> None:
+    async with asking(ServerState(daemon, spellings=spellings)) as client:
+        cards = (await client.get("/v1/models")).json()["data"]
+    assert [card["id"] for card in cards] == ids
+    assert {card["parent"] for card in cards[1:]} == {"tiny"}
 
 
 async def test_an_adapter_that_is_not_ready_is_not_listed(

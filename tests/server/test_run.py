@@ -31,10 +31,16 @@ def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
 
 @contextmanager
 def draining(
-    state: ServerState, *, drain_timeout: float = 5, on_ready: Callable[[], None] = lambda: None
+    state: ServerState,
+    *,
+    drain_delay: float = 0,
+    drain_timeout: float = 5,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[DrainingServer, str, threading.Thread]]:
     listener = bind("127.0.0.1", 0)
-    server = DrainingServer(create_app(state), state, drain_timeout=drain_timeout, on_ready=on_ready)
+    server = DrainingServer(
+        create_app(state), state, drain_delay=drain_delay, drain_timeout=drain_timeout, on_ready=on_ready
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -76,6 +82,25 @@ def test_at_sigterm_running_requests_finish_and_new_ones_are_refused(
         client.join()
         assert client.text.endswith("data: [DONE]\n\n")
         assert client.text.count('"content":"x"') == 50
+        thread.join(20)
+        assert not thread.is_alive()
+        assert server.exit_code == 0
+
+
+def test_within_the_drain_delay_new_requests_are_served(state: ServerState, daemon: FakeDaemon) -> None:
+    with draining(state, drain_delay=1.5) as (server, url, thread):
+        server.handle_exit(signal.SIGTERM, None)
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        served = httpx.post(f"{url}/v1/chat/completions", json=BODY)
+        assert (served.status_code, served.headers["connection"]) == (200, "close")
+        thread.join(20)
+        assert not thread.is_alive()
+        assert (server.exit_code, len(daemon.engine.requests)) == (0, 1)
+
+
+def test_a_person_who_interrupts_waits_for_no_balancer(state: ServerState) -> None:
+    with draining(state, drain_delay=60) as (server, _, thread):
+        server.handle_exit(signal.SIGINT, None)
         thread.join(20)
         assert not thread.is_alive()
         assert server.exit_code == 0

@@ -1,0 +1,220 @@
+"""Rolling replacement of daemons under load: does any client see a failed or a cut answer?
+
+    python -m bench.drains --drains 50
+    python -m bench.drains --drains 3 --proxy /usr/sbin/haproxy --json bench/results/drains.json
+
+Three daemons (`adapterd serve` on the embedded base, as a person starts them) stand behind haproxy, which asks each
+for /readyz five times a second and retries nothing. Clients stream answers of a known length, one after the other,
+half of them over connections they keep. One daemon after the other gets SIGTERM, drains, leaves, and a new one takes
+its place once it is ready. Every answer must have all its tokens, its finish reason and its [DONE]; every daemon must
+leave with status 0. The last line of stdout is JSON.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+_MODELS = ("mini", "mini:support", "mini:moderation", "mini:medical")
+_NUM_DAEMONS = 3
+_DRAIN_DELAY_SECONDS = 2.0
+_START_SECONDS = 120.0
+
+_HAPROXY = """
+defaults
+  mode http
+  retries 0
+  timeout connect 2s
+  timeout client 120s
+  timeout server 120s
+  option httpchk GET /readyz
+frontend clients
+  bind 127.0.0.1:{port}
+  default_backend daemons
+backend daemons
+  balance roundrobin
+  default-server check inter 200ms fall 1 rise 1
+{servers}
+"""
+
+
+@dataclass
+class Clients:
+    """Streams against one url until told to stop. `failures` says what each bad answer looked like."""
+
+    url: str
+    models: tuple[str, ...]
+    num_clients: int = 12
+    num_answers: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    is_stopping: bool = False
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(self.num_clients):
+                group.create_task(self._client(number))
+
+    async def _client(self, number: int) -> None:
+        keeps = number % 2 == 0
+        limits = httpx.Limits(max_keepalive_connections=1 if keeps else 0)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            turn = number
+            while not self.is_stopping:
+                turn += 1
+                try:
+                    problem = await self._ask(client, self.models[turn % len(self.models)], 8 + turn % 40)
+                except httpx.HTTPError as error:
+                    problem = type(error).__name__
+                self.num_answers += 1
+                if problem is not None:
+                    self.failures[problem] += 1
+
+    async def _ask(self, client: httpx.AsyncClient, model: str, num_tokens: int) -> str | None:
+        """What was wrong with one streamed answer."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": "My parcel has not arrived."}],
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        lines = []
+        async with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                return f"status {response.status_code}"
+            async for line in response.aiter_lines():
+                lines += [line.removeprefix("data: ")] if line else []
+        if not lines or lines[-1] != "[DONE]":
+            return "cut"
+        chunks = [json.loads(line) for line in lines[:-1]]
+        counted = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")]
+        reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
+        return None if (counted, reasons) == ([num_tokens], ["length"]) else f"{counted} tokens, {reasons}"
+
+
+class Daemon:
+    """One `adapterd serve` on a port that its successor will have too."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "adapterd", "serve", "--adapters", "adapters", "--port", str(port)]
+        memory = ["--kv-memory", "64MiB", "--adapter-memory", "32MiB", "--host-memory", "64MiB"]
+        drain = ["--drain-delay", str(_DRAIN_DELAY_SECONDS), "--drain-timeout", "60"]
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [*command, *memory, *drain], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    async def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        async with httpx.AsyncClient() as client:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/readyz")).status_code == 200:
+                        return
+                await asyncio.sleep(0.1)
+        raise SystemExit(f"a daemon on {self.url} did not get ready")
+
+    async def drain(self) -> tuple[int, float]:
+        """Its exit status, and how long it took to leave."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        status = await asyncio.to_thread(self.process.wait, 120)
+        return status, time.monotonic() - began
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def haproxy(binary: str, daemons: list[Daemon], folder: Path) -> Iterator[str]:
+    port = free_port()
+    servers = "\n".join(
+        f"  server d{number} {daemon.url.removeprefix('http://')}" for number, daemon in enumerate(daemons)
+    )
+    config = folder / "haproxy.cfg"
+    config.write_text(_HAPROXY.format(port=port, servers=servers))
+    process = subprocess.Popen([binary, "-f", str(config), "-db"], stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def campaign(num_drains: int, binary: str) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        log = Path(folder) / "daemons.log"
+        daemons = [Daemon(free_port(), log) for _ in range(_NUM_DAEMONS)]
+        ending.callback(lambda: [daemon.process.kill() for daemon in daemons])
+        await asyncio.gather(*(daemon.wait_until_ready() for daemon in daemons))
+        clients = Clients(ending.enter_context(haproxy(binary, daemons, Path(folder))), _MODELS)
+        await asyncio.sleep(1.0)
+        running = asyncio.create_task(clients.run())
+        statuses: Counter[int] = Counter()
+        seconds: list[float] = []
+        for number in range(num_drains):
+            await asyncio.sleep(0.5)
+            status, took = await daemons[number % _NUM_DAEMONS].drain()
+            statuses[status] += 1
+            seconds.append(took)
+            port = int(daemons[number % _NUM_DAEMONS].url.rpartition(":")[2])
+            daemons[number % _NUM_DAEMONS] = daemon = Daemon(port, log)
+            await daemon.wait_until_ready()
+            await asyncio.sleep(0.5)  # the proxy sees it
+            print(
+                f"drain {number + 1}: {took:.1f} s, status {status};"
+                f" {clients.num_answers} answers, failures {dict(clients.failures)}",
+                flush=True,
+            )
+        clients.is_stopping = True
+        await running
+        return {
+            "drains": num_drains,
+            "daemons": _NUM_DAEMONS,
+            "clients": clients.num_clients,
+            "drain_delay_seconds": _DRAIN_DELAY_SECONDS,
+            "answers": clients.num_answers,
+            "failures": dict(clients.failures),
+            "exit_statuses": {str(status): count for status, count in statuses.items()},
+            "longest_drain_seconds": round(max(seconds), 2),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--drains", type=int, default=3)
+    parser.add_argument("--proxy", default=shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin"))
+    parser.add_argument("--json", type=Path, help="write the result to this file as well")
+    arguments = parser.parse_args()
+    if arguments.proxy is None:
+        raise SystemExit("haproxy is not installed; name another with --proxy PATH")
+    result = asyncio.run(campaign(arguments.drains, arguments.proxy))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return 0 if not result["failures"] and result["exit_statuses"] == {"0": arguments.drains} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

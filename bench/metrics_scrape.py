@@ -1,0 +1,217 @@
+"""What /metrics costs: one scrape of a daemon with many adapters in traffic, and twenty scrapes a second beside it.
+
+    python -m bench.metrics_scrape
+    python -m bench.metrics_scrape --adapters 500 --seconds 20 --json bench/results/metrics_scrape.json
+
+Makes random rank-4 adapters for the embedded base, serves them with `adapterd serve`, and asks each at least once, so
+that a hundred have series of their own and every one is resident. Then it measures, over one kept connection:
+
+- the time of a scrape with nothing else to do, and while clients stream;
+- output tokens a second of these clients without scrapes and with 20 a second (the default of llm-d's endpoint
+  picker, each replica of it), in turns of equal length, so that the machine's moods meet both alike.
+
+`/version` is asked the same way, for what an answer costs that says nothing. The last line of stdout is JSON: medians,
+and the 99th percentile of a scrape's time, in milliseconds.
+"""
+
+import argparse
+import asyncio
+import http.client
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from bench.drains import free_port
+
+_RATE = 20.0
+_NUM_CLIENTS = 8
+_OUTPUT_TOKENS = 64
+
+
+def make_adapters(folder: Path, count: int) -> list[str]:
+    """Random adapters of rank 4 on every linear, all different."""
+    import torch  # here, since whoever only scrapes needs none of it
+
+    from adapterd.adapter_writer import base_fingerprint, write_adapter
+    from adapterd.model.base import find_base, load_base
+
+    base = load_base("mini")
+    fingerprint = base_fingerprint(find_base("mini"))
+    targets = dict(base.spec.lora_targets)
+    last_names = sorted({path.rpartition(".")[2] for path in targets})
+    names = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {
+            path: (
+                0.01 * torch.randn(4, d_in, generator=generator),
+                0.01 * torch.randn(d_out, 4, generator=generator),
+            )
+            for path, (d_out, d_in) in targets.items()
+        }
+        names.append(f"adapter-{number:04d}")
+        write_adapter(
+            folder / names[-1],
+            tensors,
+            r=4,
+            lora_alpha=8,
+            target_modules=last_names,
+            base_name="mini",
+            base_fingerprint=fingerprint,
+        )
+    return names
+
+
+@contextmanager
+def daemon(adapters: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "adapterd", "serve", "--adapters", str(adapters), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--adapter-memory", "512MiB", "--kv-memory", "64MiB", "--log-level", "warning"],
+        stdout=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _is_ready(url):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise SystemExit("the daemon did not get ready")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Clients:
+    """Streams in a closed loop; counts the tokens that came."""
+
+    def __init__(self, url: str, names: list[str]) -> None:
+        self._url = url
+        self._names = names
+        self.num_tokens = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(_NUM_CLIENTS):
+                group.create_task(self._client(number))
+
+    async def _client(self, number: int) -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            turn = number
+            while True:
+                turn += _NUM_CLIENTS
+                await self.ask(client, self._names[turn % len(self._names)], _OUTPUT_TOKENS)
+
+    async def ask(self, client: httpx.AsyncClient, name: str, num_tokens: int) -> None:
+        body = {
+            "model": f"mini:{name}",
+            "prompt": "My parcel has",
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        async with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                self.num_tokens += line.startswith("data: {")
+
+
+def gets(url: str, path: str, seconds: float, rate: float) -> list[float]:
+    """Milliseconds of each GET over one connection, `rate` a second."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    took: list[float] = []
+    began = time.perf_counter()
+    while (now := time.perf_counter()) < began + seconds:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        took.append(1000 * (time.perf_counter() - now))
+        assert response.status == 200
+        time.sleep(max(0.0, now + 1 / rate - time.perf_counter()))
+    return took
+
+
+async def scrape(url: str, path: str, seconds: float) -> list[float]:
+    """The same from a process of its own, as whoever scrapes is."""
+    command = [sys.executable, "-m", "bench.metrics_scrape", "--gets", url, path, str(seconds)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    took: list[float] = json.loads(output)
+    return took
+
+
+async def measure(url: str, names: list[str], seconds: float, turns: int) -> dict[str, float]:
+    clients = Clients(url, names)
+    async with httpx.AsyncClient(timeout=60) as client:
+        for first in range(0, len(names), 32):  # everyone once
+            await asyncio.gather(*(clients.ask(client, name, 2) for name in names[first : first + 32]))
+        text = (await client.get(f"{url}/metrics")).text
+        quiet = await scrape(url, "/metrics", seconds)
+        cheapest = await scrape(url, "/version", seconds)
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        loaded: list[float] = []
+        running = asyncio.create_task(clients.run())
+        await asyncio.sleep(2.0)
+        for turn in range(2 * turns):
+            is_scraped = turn % 2 == 1
+            before, began = clients.num_tokens, time.perf_counter()
+            if is_scraped:
+                loaded += await scrape(url, "/metrics", seconds)
+            else:
+                await asyncio.sleep(seconds)
+            rates[is_scraped].append((clients.num_tokens - before) / (time.perf_counter() - began))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    return {
+        "series": sum(not line.startswith("#") for line in text.splitlines()),
+        "bytes": len(text),
+        "version_quiet_ms": round(statistics.median(cheapest), 3),
+        "scrape_quiet_ms": round(statistics.median(quiet), 3),
+        "scrape_quiet_p99_ms": round(statistics.quantiles(quiet, n=100)[98], 3),
+        "scrape_loaded_ms": round(statistics.median(loaded), 3),
+        "tokens_per_second_without": round(statistics.median(rates[False]), 1),
+        "tokens_per_second_with": round(statistics.median(rates[True]), 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--adapters", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
+    parser.add_argument("--turns", type=int, default=5, help="with scrapes, and as many without")
+    parser.add_argument("--json", type=Path, help="write the result to this file as well")
+    parser.add_argument("--gets", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.gets is not None:
+        url, path, seconds = arguments.gets
+        print(json.dumps(gets(url, path, float(seconds), _RATE)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        names = make_adapters(Path(folder), arguments.adapters)
+        with daemon(Path(folder)) as url:
+            result = asyncio.run(measure(url, names, arguments.seconds, arguments.turns))
+    result = {"adapters": arguments.adapters, **result}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
