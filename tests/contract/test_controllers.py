@@ -8,6 +8,7 @@ this.
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -52,13 +53,28 @@ def loopback(server_url: str) -> str:
     return server_url
 
 
+@dataclass(frozen=True)
+class Operator:
+    """Someone with the admin's key."""
+
+    url: str
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers=self._key, timeout=30)
+
+    def post(self, path: str, body: dict[str, str]) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers=self._key, timeout=30)
+
+    @property
+    def _key(self) -> dict[str, str]:
+        return {"Authorization": "Bearer the-operators-key"}
+
+
 class AIBrix:
     """Reconciles one ModelAdapter against one pod, as often as asked."""
 
     def __init__(self, url: str, name: str, artifact: str) -> None:
-        self.client = httpx.Client(
-            base_url=url, timeout=30, headers={"Authorization": "Bearer the-operators-key"}
-        )
+        self.pod = Operator(url)
         self.name = name
         self.artifact = artifact
         self.num_loads = 0
@@ -68,36 +84,35 @@ class AIBrix:
             return True
         self.num_loads += 1
         body = {"lora_name": self.name, "lora_path": self.artifact.removeprefix("huggingface://")}
-        return self.client.post(LOAD, json=body).status_code in (200, 201)
+        return self.pod.post(LOAD, body).status_code in (200, 201)
 
     def is_loaded(self) -> bool:
-        models = self.client.get("/v1/models").json()
+        models = self.pod.get("/v1/models").json()
         return any(model["id"] == self.name for model in models["data"])
 
     def delete(self) -> None:
-        self.client.post(UNLOAD, json={"lora_name": self.name})
+        """Whatever it answers."""
+        self.pod.post(UNLOAD, {"lora_name": self.name})
 
 
 class ProductionStack:
     """The operator's load: a 400 is a success where its top-level type and message say "already"."""
 
     def __init__(self, url: str) -> None:
-        self.client = httpx.Client(
-            base_url=url, timeout=30, headers={"Authorization": "Bearer the-operators-key"}
-        )
+        self.pod = Operator(url)
 
     def load(self, name: str, path: str) -> bool:
-        response = self.client.post(LOAD, json={"lora_name": name, "lora_path": path})
+        response = self.pod.post(LOAD, {"lora_name": name, "lora_path": path})
         if response.status_code == 400:
             error = response.json()
             return error["type"] == "InvalidUserInput" and "has already been loaded" in error["message"]
         return response.status_code == 200
 
     def loaded(self) -> set[str]:
-        return {model["id"] for model in self.client.get("/v1/models").json()["data"] if model["parent"]}
+        return {model["id"] for model in self.pod.get("/v1/models").json()["data"] if model["parent"]}
 
     def unload(self, name: str) -> bool:
-        return self.client.post(UNLOAD, json={"lora_name": name}).status_code == 200
+        return self.pod.post(UNLOAD, {"lora_name": name}).status_code == 200
 
 
 def test_adapters_loaded_by_controllers_survive_a_restart(arguments: tuple[str, ...], volume: Path) -> None:
