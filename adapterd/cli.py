@@ -67,7 +67,8 @@ def serve(flags: dict[str, Any]) -> int:
     keys = KeyRing(key_files) if key_files else None
     check_exposure(
         settings.host,
-        keys,
+        has_keys=keys is not None,
+        has_admin_keys=keys is not None and keys.has("admin"),
         insecure_no_auth=settings.insecure_no_auth,
         allow_runtime_adapters=settings.allow_runtime_adapters,
     )

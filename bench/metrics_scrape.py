@@ -41,7 +41,8 @@ def make_adapters(folder: Path, count: int) -> list[str]:
     import torch  # here, since whoever only scrapes needs none of it
 
     from adapterd.adapter_writer import base_fingerprint, write_adapter
-    from adapterd.model.base import find_base, load_base
+    from adapterd.model.base import load_base
+    from adapterd.model.find import find_base
 
     base = load_base("mini")
     fingerprint = base_fingerprint(find_base("mini"))

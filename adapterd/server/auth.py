@@ -21,7 +21,12 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def check_exposure(
-    host: str, keys: KeyRing | None, *, insecure_no_auth: bool, allow_runtime_adapters: bool
+    host: str,
+    *,
+    has_keys: bool,
+    insecure_no_auth: bool,
+    has_admin_keys: bool = False,
+    allow_runtime_adapters: bool = False,
 ) -> None:
     """Raises ConfigError where others could reach what nobody guards.
 
@@ -29,14 +34,13 @@ def check_exposure(
     an admin, so changing what is served needs a key of ours all the same.
     """
     is_public = not _is_loopback(host)
-    if is_public and keys is None and not insecure_no_auth:
+    if is_public and not has_keys and not insecure_no_auth:
         raise ConfigError(
             f"--host {host} can be reached from other machines and no API key is set; start with"
             " --api-key-file FILE, or with --insecure-no-auth if something in front checks who calls",
             param="host",
         )
-    has_admin = keys is not None and keys.has("admin")
-    if allow_runtime_adapters and not has_admin and (is_public or keys is not None):
+    if allow_runtime_adapters and not has_admin_keys and (is_public or has_keys):
         raise ConfigError(
             "--allow-runtime-adapters lets callers change what is served, and no admin key is set; start with"
             " --admin-key-file FILE, or write role=admin behind a key in --api-key-file",

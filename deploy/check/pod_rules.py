@@ -157,7 +157,7 @@ def pre_stop_seconds(container: Object) -> int:
 
 def drain_seconds(settings: ServeSettings) -> float:
     """From SIGTERM to the end of the last request, at most."""
-    return settings.drain_timeout
+    return settings.drain_delay + settings.drain_timeout
 
 
 def settings(manifests: Manifests) -> Iterator[str]:
@@ -169,15 +169,19 @@ def settings(manifests: Manifests) -> Iterator[str]:
             if isinstance(found, ServeSettings):
                 check_exposure(
                     found.host,
-                    has_keys=found.api_key_file is not None,
+                    has_keys=(found.api_key_file or found.admin_key_file) is not None,
+                    # What a Secret holds is not known here, so an admin's keys have to have a file of their own.
+                    has_admin_keys=found.admin_key_file is not None,
                     insecure_no_auth=found.insecure_no_auth,
+                    allow_runtime_adapters=found.allow_runtime_adapters,
                 )
         except (AdapterdError, SystemExit) as error:
             yield f"{name}: {error}"
             continue
         if isinstance(found, ServeSettings):
             mounts = [Path(mount["mountPath"]) for mount in container.get("volumeMounts", [])]
-            for path in (*found.adapters, *([found.api_key_file] if found.api_key_file else ())):
+            keys = [path for path in (found.api_key_file, found.admin_key_file) if path is not None]
+            for path in (*found.adapters, *(module.path for module in found.lora_modules), *keys):
                 in_volume = any(path.is_relative_to(mount) or mount.is_relative_to(path) for mount in mounts)
                 if not in_volume and not path.is_relative_to(SHARED_IN_IMAGE):
                     yield f"{name}: {path} lies in no volume and is not in the image"

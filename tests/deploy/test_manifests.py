@@ -38,13 +38,14 @@ def test_grace_outlasts_the_drain_on_what_is_rendered(rendered: dict[str, Manife
     for name, manifests in rendered.items():
         pod = next(pod for pod in manifests.pods() if pod.where == "Deployment/adapterd")
         (container,) = pod.spec["containers"]
-        drain = float(next(v["value"] for v in container["env"] if v["name"] == "ADAPTERD_DRAIN_TIMEOUT"))
+        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        drain = float(values["ADAPTERD_DRAIN_DELAY"]) + float(values["ADAPTERD_DRAIN_TIMEOUT"])
         needed = pre_stop_seconds(container) + drain + 10
         assert pod.spec["terminationGracePeriodSeconds"] >= needed >= 70, name
 
 
 def test_the_drain_is_what_the_settings_say() -> None:
-    assert drain_seconds(ServeSettings(drain_timeout=7)) >= 7
+    assert drain_seconds(ServeSettings(drain_delay=2, drain_timeout=7)) == 9
 
 
 # Every rule, with a rendering that breaks it: (rule, what is rendered, how it is broken, what is said).

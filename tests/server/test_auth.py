@@ -118,7 +118,13 @@ async def test_every_route_that_changes_something_asks_for_an_admin(
 
 def allowed(host: str, keys: KeyRing | None, *, insecure: bool = False, runtime: bool = False) -> bool:
     try:
-        check_exposure(host, keys, insecure_no_auth=insecure, allow_runtime_adapters=runtime)
+        check_exposure(
+            host,
+            has_keys=keys is not None,
+            has_admin_keys=keys is not None and keys.has("admin"),
+            insecure_no_auth=insecure,
+            allow_runtime_adapters=runtime,
+        )
     except ConfigError:
         return False
     return True
@@ -133,7 +139,7 @@ def test_this_machine_alone_needs_no_keys(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com"])
 def test_others_can_reach_it_only_with_keys_or_by_insisting(host: str, keys: KeyRing) -> None:
     with pytest.raises(ConfigError, match="--api-key-file"):
-        check_exposure(host, None, insecure_no_auth=False, allow_runtime_adapters=False)
+        check_exposure(host, has_keys=False, insecure_no_auth=False)
     assert allowed(host, keys)
     assert allowed(host, None, insecure=True)
 
