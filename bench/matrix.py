@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import tomllib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ class Cell:
             prompt="auto",
             token_ids=_TOKEN_IDS,
             words=COMMON_WORDS,
-            seed=1000 * round_index,  # every visit asks new prompts, every server the same ones
+            # Every server gets the same prompts, every visit and every cell of it others: prompts that one cell has
+            # left in a server's prefix cache would be free for the next.
+            seed=zlib.crc32(f"{self.traffic}.c{self.concurrency}/{round_index}".encode()),
             objective={},
             request_timeout_seconds=900.0,
             num_warmup=self.warmup,

@@ -4,6 +4,8 @@ Only tensors: which block belongs to whom is booked by engine/blocks.py. A block
 sequence lives in slot `block_table[i // block_size] * block_size + i % block_size` of every layer.
 """
 
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,15 +46,22 @@ class KVPool:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in shapes.items():
-            # Zeroed rather than empty: masked slots are multiplied by a zero weight, and 0 * NaN is NaN.
-            self.keys[layer] = torch.zeros(
-                num_slots, shape.num_heads, shape.key_dim, dtype=dtype, device=device
-            )
-            self.values[layer] = torch.zeros(
-                num_slots, shape.num_heads, shape.value_dim, dtype=dtype, device=device
-            )
+            self.keys[layer] = _zeros((num_slots, shape.num_heads, shape.key_dim), dtype, device)
+            self.values[layer] = _zeros((num_slots, shape.num_heads, shape.value_dim), dtype, device)
 
     def write(self, layer: int, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store key [num_tokens, num_heads, key_dim] and value at slot_mapping int64 [num_tokens]."""
         self.keys[layer].index_copy_(0, slot_mapping, key)
         self.values[layer].index_copy_(0, slot_mapping, value)
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed rather than empty: masked slots are multiplied by a zero weight, and 0 * NaN is NaN.
+
+    On a CPU the system's own zeroed pages, which are memory only once they are written: a server starts without
+    touching what it may never use.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)

@@ -225,3 +225,15 @@ def test_a_directory_without_results_is_refused(tmp_path: Path, capsys: pytest.C
     assert table.main([str(tmp_path)]) == 1
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "x.svg")]) == 1
     assert "has no results of bench.matrix" in capsys.readouterr().err
+
+
+def test_no_prompt_is_asked_twice_in_a_visit_and_every_server_is_asked_the_same() -> None:
+    cells = [
+        matrix.Cell("ours", "base", 0, "identical", concurrency=1, requests=3, expect=10.0),
+        matrix.Cell("ours", "base", 0, "identical", concurrency=8, requests=3, expect=10.0),
+        matrix.Cell("ours", "one", 1, "identical", concurrency=8, requests=3, expect=10.0),
+    ]
+    seeds = [cell.load(visit).seed for cell in cells for visit in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    theirs = matrix.Cell("theirs", "base", 0, "identical", concurrency=8, requests=3, expect=99.0)
+    assert theirs.load(1).seed == cells[1].load(1).seed
