@@ -84,6 +84,7 @@ Sources = Annotated[Names, "SOURCE"]  # what the help calls one of them
 Patterns = Annotated[Names, "PATTERN"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["none", "int8", "bnb-8bit", "bnb-4bit"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Spelling = Literal["prefixed", "bare"]
 _SPELLINGS: dict[str, tuple[Spelling, ...]] = {
@@ -115,6 +116,9 @@ class EngineSettings(Settings):
     adapters: Paths = Field((), description="folders of adapters, or folders that hold them")
     dtype: DType = Field("auto", description="type to compute in (auto: the checkpoint's; float32 on a CPU)")
     device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
+    quantization: Quantization = Field(
+        "none", description="keep the base's linears in fewer bits; bnb-*: by bitsandbytes, on cuda"
+    )
     kv_memory: Bytes | None = Field(
         None, description="memory for keys and values, as in 512MiB (default: automatic)"
     )

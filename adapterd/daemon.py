@@ -17,7 +17,7 @@ from adapterd.engine.engine import Engine
 from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
-from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
 from adapterd.model.find import find_base
 from adapterd.model.runner import DEFAULT_LORA_RANK, Runner
 from adapterd.registry import AdapterRegistry
@@ -42,6 +42,8 @@ class DaemonSettings(EngineSizes, Protocol):
     def dtype(self) -> DtypeName: ...
     @property
     def device(self) -> DeviceName: ...
+    @property
+    def quantization(self) -> QuantizationName: ...
     @property
     def max_model_len(self) -> int | None: ...
     @property
@@ -91,6 +93,7 @@ class Daemon:
             dtype=settings.dtype,
             device=settings.device,
             max_model_len=settings.max_model_len,
+            quantization=settings.quantization,
         )
         renderer = Renderer.load(base.directory)
         # A turn may end with a token that only the chat template names.

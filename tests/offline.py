@@ -8,7 +8,7 @@ from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import AdapterId, AdapterMix, Request, RequestId, SamplingParams
 from adapterd.engine.build import Finished, build_engine, collect
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.model.base import DeviceName, DtypeName, load_base
+from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
 from adapterd.model.kernels import KernelName
 from adapterd.token_table import TokenizerIdentity, TokenTable
 
@@ -30,6 +30,7 @@ class OfflineSettings:
     max_queue: int = 1024
     host_memory: int | None = None
     kernels: KernelName = "auto"
+    quantization: QuantizationName = "none"
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Offline:
             device=self.settings.device,
             max_model_len=self.settings.max_model_len,
             kernels=self.settings.kernels,
+            quantization=self.settings.quantization,
         )
         self._versions: dict[AdapterId, Adapter] = {}
         token_bytes = tuple(f"<{i}>".encode() for i in range(self.base.spec.vocab_size))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapterd.core import BaseSpec
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME, ContextFactory, register_attention
 from adapterd.model.find import find_base
+from adapterd.model.int8 import quantize_linears
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.lora import LoraStep
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+QuantizationName = Literal["none", "int8", "bnb-8bit", "bnb-4bit"]
 
 _FLOAT32_BELOW_PARAMETERS = 100_000_000
 """On a CPU a model this small gains nothing from 16 bits, and float32 is exact."""
@@ -54,10 +57,12 @@ def load_base(
     device: DeviceName = "auto",
     max_model_len: int | None = None,
     kernels: KernelName = "auto",
+    quantization: QuantizationName = "none",
 ) -> Base:
     """Load `mini` (the embedded base), a local directory or a Hugging Face Hub id.
 
     kernels: whether the C++ operators are used; `auto` means where they apply and are built.
+    quantization: int8 rounds the linears' weights at load (see int8.py), bnb-* leaves that to bitsandbytes.
     Raises BaseRefused when the files are missing or the family cannot be served exactly.
     """
     register_attention()
@@ -72,8 +77,12 @@ def load_base(
     # The probe is small and in float32, whatever the model will be.
     probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
     probe_family(config, max_position=context - 1, kernels=probe_kernels)
-    model = _load_weights(directory, name_or_dir, dtype, where)
+    model = _load_weights(directory, name_or_dir, dtype, where, quantization)
     model.requires_grad_(False).eval()
+    num_parameters = model.num_parameters()
+    if quantization == "int8":
+        quantize_linears(model)
+    model.to(where)
 
     chosen = choose_kernels(kernels, where, model.dtype)
     seams = attach_seams(model, chosen)
@@ -88,12 +97,13 @@ def load_base(
         eos_token_ids=_eos_token_ids(model),
     )
     logger.info(
-        "base %s: %s, %s on %s, %.1f M parameters, context %d",
+        "base %s: %s, %s%s on %s, %.1f M parameters, context %d",
         spec.name,
         spec.architecture,
         spec.dtype,
+        "" if quantization == "none" else f" with {quantization} linears",
         where,
-        sum(p.numel() for p in model.parameters()) / 1e6,
+        num_parameters / 1e6,
         context,
     )
     return Base(
@@ -119,10 +129,14 @@ def _read_config(directory: Path, name: str) -> Any:
     return config
 
 
-def _load_weights(directory: Path, name: str, dtype: DtypeName, device: torch.device) -> Any:
+def _load_weights(
+    directory: Path, name: str, dtype: DtypeName, device: torch.device, quantization: QuantizationName
+) -> Any:
+    """The model, still on the host but for bitsandbytes, which quantises where it computes."""
     if not list(directory.glob("*.safetensors")):
         raise BaseRefused(f"base '{name}': no *.safetensors in its directory; other formats are not read")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    bnb = {} if quantization in ("none", "int8") else _bitsandbytes(quantization, device, wanted)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -132,13 +146,37 @@ def _load_weights(directory: Path, name: str, dtype: DtypeName, device: torch.de
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **bnb,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseRefused(f"base '{name}' cannot be loaded: {error}") from error
     _check_complete(model, report, name)
     if dtype == "auto" and device.type == "cpu" and model.num_parameters() < _FLOAT32_BELOW_PARAMETERS:
         model = model.float()
-    return model.to(device)
+    return model
+
+
+def _bitsandbytes(
+    quantization: QuantizationName, device: torch.device, dtype: torch.dtype | str
+) -> dict[str, Any]:
+    """What from_pretrained needs to load linears through bitsandbytes. Raises BaseRefused without CUDA or package."""
+    if device.type != "cuda":
+        raise BaseRefused(
+            f"--quantization {quantization} needs a CUDA device; on {device} use --quantization int8"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise BaseRefused(
+            f"--quantization {quantization} needs the package bitsandbytes: pip install 'adapterd[bnb]',"
+            " or use --quantization int8"
+        )
+    compute = torch.bfloat16 if isinstance(dtype, str) else dtype
+    if quantization == "bnb-8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _check_complete(model: Any, report: Mapping[str, Any], name: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from adapterd.model.linear_cpu import CpuLinear, native_linear
+from adapterd.model.linear_cpu import AnyCpuLinear, native_linear
 from adapterd.model.lora import LoraLinear
 from adapterd.model.lora_cpu import NativeLoraStep
 
@@ -19,10 +19,11 @@ from adapterd.model.lora_cpu import NativeLoraStep
 class LinearGroup:
     """Linears that read one input. `take` gives each its answer, once a step."""
 
-    def __init__(self, linears: Mapping[str, CpuLinear], step: NativeLoraStep) -> None:
+    def __init__(self, linears: Mapping[str, AnyCpuLinear], step: NativeLoraStep) -> None:
         self._paths = tuple(linears)
         self._linears = tuple(linears.values())
-        self._weights = [linear.weight for linear in self._linears]
+        self._weights = [linear.matrix for linear in self._linears]
+        self._scales = [linear.scales for linear in self._linears]
         self._biases = [linear.bias for linear in self._linears]
         self._choice = self._linears[0].choice
         self._step = step
@@ -60,8 +61,8 @@ class LinearGroup:
             table, bounds = self._step.additions(self._place)
         way = self._choice.way(num_tokens)
         if way is native_linear:
-            return self._compute(x.contiguous(), self._weights, self._biases, table, bounds)
-        found = [way(x, w, b) for w, b in zip(self._weights, self._biases, strict=True)]
+            return self._compute(x.contiguous(), self._weights, self._scales, self._biases, table, bounds)
+        found = [way(x, w, b, s) for w, b, s in zip(self._weights, self._biases, self._scales, strict=True)]
         if table is not None:
             rows = x.reshape(-1, x.shape[-1])
             for path, y in zip(self._paths, found, strict=True):
@@ -94,7 +95,7 @@ def group_linears(model: nn.Module, step: NativeLoraStep, run: Callable[[], obje
     expert that no token chose) is a group of its own.
     """
     wrapped = {path: m for path, m in model.named_modules() if isinstance(m, LoraLinear)}
-    wrapped = {path: m for path, m in wrapped.items() if isinstance(m.inner, CpuLinear)}
+    wrapped = {path: m for path, m in wrapped.items() if isinstance(m.inner, AnyCpuLinear)}
     calls: list[_Call] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, path=path: calls.append(_Call(path, inputs[0])))
@@ -110,7 +111,7 @@ def group_linears(model: nn.Module, step: NativeLoraStep, run: Callable[[], obje
     groups += [[path] for path in wrapped if path not in reached]
     for paths in groups:
         inners = {path: wrapped[path].inner for path in paths}
-        group = LinearGroup({path: m for path, m in inners.items() if isinstance(m, CpuLinear)}, step)
+        group = LinearGroup({path: m for path, m in inners.items() if isinstance(m, AnyCpuLinear)}, step)
         for member, path in enumerate(paths):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, GroupedLinear(wrapped[path], group, member))

@@ -14,6 +14,7 @@ from adapterd.errors import BaseRefused
 from adapterd.model import native
 from adapterd.model.attention import ContextFactory, paged_context
 from adapterd.model.attention_cpu import native_context
+from adapterd.model.int8 import Int8Product, int8_linear
 from adapterd.model.lora import LoraStep
 from adapterd.model.lora_cpu import NativeLoraStep
 
@@ -24,11 +25,12 @@ KernelName = Literal["auto", "torch", "native", "triton"]
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a step adds adapters, and how it attends."""
+    """How a step adds adapters, how it attends, and how linears of 8 bits multiply."""
 
     lora_step: Callable[[], LoraStep]
     paged_context: ContextFactory
     is_native: bool
+    int8_product: Int8Product = int8_linear
 
 
 TORCH_KERNELS = Kernels(LoraStep, paged_context, is_native=False)
@@ -73,6 +75,9 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def _triton_kernels(device: torch.device) -> Kernels:
     # Imported here: a CPU need not have the package, and pays nothing for it where it has.
     from adapterd.model.attention_triton import triton_context
+    from adapterd.model.int8_triton import int8_linear_triton
     from adapterd.model.lora_triton import TritonLoraStep
 
-    return Kernels(partial(TritonLoraStep, device), triton_context, is_native=False)
+    return Kernels(
+        partial(TritonLoraStep, device), triton_context, is_native=False, int8_product=int8_linear_triton
+    )

@@ -16,7 +16,7 @@ from torch import nn
 from adapterd.model.attention_cpu import NativeContext, native_context
 from adapterd.model.grouped_cpu import GroupedLinear
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
-from adapterd.model.linear_cpu import CpuLinear, native_linear
+from adapterd.model.linear_cpu import AnyCpuLinear, native_linear
 from adapterd.model.lora_cpu import NativeLoraStep
 from adapterd.model.mlp_cpu import NativeMLP
 from adapterd.model.norm_cpu import NativeRMSNorm
@@ -89,7 +89,7 @@ class NativeLayer:
     def __init__(
         self,
         own: Callable[..., torch.Tensor],
-        linears: Sequence[CpuLinear],
+        linears: Sequence[AnyCpuLinear],
         norms: Sequence[NativeRMSNorm],
         attention: AttentionCall,
         step: NativeLoraStep,
@@ -97,7 +97,8 @@ class NativeLayer:
     ) -> None:
         self._own = own
         self._choice = linears[0].choice
-        self._weights = [linear.weight for linear in linears]
+        self._weights = [linear.matrix for linear in linears]
+        self._scales = [linear.scales for linear in linears]
         self._biases = [linear.bias for linear in linears]
         self._norms = [norm.weight for norm in norms]
         self._norm_numbers = [number for norm in norms for number in (norm.eps, norm.offset)]
@@ -129,6 +130,7 @@ class NativeLayer:
             hidden_states,
             *position_embeddings,
             self._weights,
+            self._scales,
             self._biases,
             self._norms,
             self._norm_numbers,
@@ -174,7 +176,7 @@ def use_native_layers(model: nn.Module, step: NativeLoraStep, shapes: dict[int, 
     return replaced
 
 
-def _parts(layer: nn.Module) -> tuple[list[CpuLinear], list[NativeRMSNorm]] | None:
+def _parts(layer: nn.Module) -> tuple[list[AnyCpuLinear], list[NativeRMSNorm]] | None:
     def find(name: str) -> nn.Module | None:
         try:
             return layer.get_submodule(name)
@@ -184,7 +186,7 @@ def _parts(layer: nn.Module) -> tuple[list[CpuLinear], list[NativeRMSNorm]] | No
     names = [*_LAYER_NORMS, *(name for name in _HEAD_NORMS if find(name) is not None)]
     norms = [norm for norm in map(find, names) if isinstance(norm, NativeRMSNorm)]
     grouped = [linear for linear in map(find, _LINEARS) if isinstance(linear, GroupedLinear)]
-    linears = [linear.inner for linear in grouped if isinstance(linear.inner, CpuLinear)]
+    linears = [linear.inner for linear in grouped if isinstance(linear.inner, AnyCpuLinear)]
     if len(linears) != len(_LINEARS) or len(norms) != len(names) or not isinstance(find("mlp"), NativeMLP):
         return None
     return linears, norms

@@ -6,17 +6,24 @@ it is six times slower than float32) and on the tokens: so it is measured at loa
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from adapterd.model.int8 import Int8Linear
+
 logger = logging.getLogger(__name__)
 
-LinearFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(x [..., d_in], weight [d_out, d_in], bias [d_out] or None) -> [..., d_out], all of one dtype."""
+LinearFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
+"""(x [..., d_in], weight [d_out, d_in], bias [d_out] or None, scales) -> [..., d_out], all of one dtype.
+
+A weight of int8 has scales, float32 [d_out], as model/int8.py explains; any other has None.
+"""
 
 TOKEN_COUNTS = (1, 4, 8, 16, 32, 64, 128, 512)
 _SAMPLE_BYTES = {True: 64 << 20, False: 8 << 20}
@@ -32,23 +39,36 @@ _FLOAT32_CHUNK = 1 << 20
 """Weights to turn to float32 at a time: 4 MiB, so that they are still in cache when they are multiplied."""
 
 
-def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A 16-bit linear through float32 products, a few rows of the weight at a time."""
+def float32_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A linear of 16 bits or 8 through float32 products, a few rows of the weight at a time."""
     d_out, d_in = weight.shape
     rows = x.reshape(-1, d_in).float()
     y = torch.empty(rows.shape[0], d_out)
     step = max(_FLOAT32_CHUNK // d_in, 1)
     for start in range(0, d_out, step):
         torch.mm(rows, weight[start : start + step].float().T, out=y[:, start : start + step])
+    if scales is not None:
+        y *= scales
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], d_out)
 
 
-def native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def native_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
     """The C++ operator: weights read once, row by row, at memory speed; float32 sums."""
-    y: torch.Tensor = torch.ops.adapterd.linear(x, weight, bias)
+    y: torch.Tensor = torch.ops.adapterd.linear(x, weight, bias, scales)
     return y
+
+
+def torch_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    assert scales is None
+    return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,8 @@ class LinearChoice:
 class CpuLinear(nn.Linear):
     """nn.Linear with the same parameters and another way to multiply."""
 
+    scales: None = None
+
     def __init__(self, linear: nn.Linear, choice: LinearChoice) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -75,19 +97,51 @@ class CpuLinear(nn.Linear):
         self.choice = choice
         self.train(linear.training)
 
+    @property
+    def matrix(self) -> torch.Tensor:
+        """What is multiplied."""
+        return self.weight
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
         way = self.choice.way(input.numel() // input.shape[-1])
-        return way(input, self.weight, self.bias)
+        return way(input, self.weight, self.bias, None)
 
 
-def candidates(dtype: torch.dtype, with_native: bool) -> dict[str, LinearFunction]:
+class CpuInt8Linear(Int8Linear):
+    """Int8Linear with the same whole numbers and another way to multiply."""
+
+    def __init__(self, linear: Int8Linear, choice: LinearChoice) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.product = linear.dtype, linear.product
+        self.register_buffer("values", linear.values)
+        self.register_buffer("scales", linear.scales)
+        self.bias = linear.bias
+        self.choice = choice
+        self.train(linear.training)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """What is multiplied, and then scaled."""
+        return self.values
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        way = self.choice.way(input.numel() // input.shape[-1])
+        return way(input, self.values, self.bias, self.scales)
+
+
+AnyCpuLinear = CpuLinear | CpuInt8Linear
+
+
+def candidates(dtype: torch.dtype, with_native: bool, *, is_int8: bool = False) -> dict[str, LinearFunction]:
     """The ways to multiply that exist for a dtype, by name; the likeliest to win first."""
     found: dict[str, LinearFunction] = {}
     if with_native and dtype in (torch.bfloat16, torch.float32):
         found["native"] = native_linear
-    if dtype in (torch.bfloat16, torch.float16):
+    if is_int8 or dtype in (torch.bfloat16, torch.float16):
         found["float32"] = float32_linear
-    found["torch"] = F.linear
+    if not is_int8:
+        found["torch"] = torch_linear
     return found
 
 
@@ -96,38 +150,66 @@ def use_fastest_linears(model: nn.Module, with_native: bool) -> None:
 
     16 bit: by measurement on the model's own weights. float32: by a rule, so that two starts compute alike.
     """
-    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
-    if not linears:
-        return
-    weights = [linear.weight for linear in linears.values()]
-    ways = candidates(weights[0].dtype, with_native)
-    if len(ways) == 1 or any(weight.dtype != weights[0].dtype for weight in weights):
-        return
-    if weights[0].dtype == torch.float32:
-        choice = LinearChoice(((_FLOAT32_NATIVE_TOKENS, native_linear),), F.linear)
-    else:
-        choice = _measure(weights, ways)
-    for path, linear in linears.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, CpuLinear(linear, choice))
+    plain = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    choice = _choose([(m.weight, None) for m in plain.values()], with_native)
+    if choice is not None:
+        for path, linear in plain.items():
+            _replace(model, path, CpuLinear(linear, choice))
+    whole = {path: m for path, m in model.named_modules() if type(m) is Int8Linear}
+    choice = _choose(
+        [(m.values, m.scales) for m in whole.values()], with_native, {m.dtype for m in whole.values()}
+    )
+    if choice is not None:
+        for path, int8 in whole.items():
+            _replace(model, path, CpuInt8Linear(int8, choice))
 
 
-def _sample(weights: Sequence[torch.Tensor], num_bytes: int) -> list[torch.Tensor]:
-    chosen: list[torch.Tensor] = []
+def _replace(model: nn.Module, path: str, linear: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, linear)
+
+
+Weight = tuple[torch.Tensor, torch.Tensor | None]
+"""What is multiplied, and its scales if it is int8."""
+
+
+def _choose(
+    weights: Sequence[Weight], with_native: bool, dtypes: Collection[torch.dtype] = ()
+) -> LinearChoice | None:
+    """What these linears are to use, None for what they do anyway. `dtypes`: of the inputs, where not the weights'."""
+    dtypes = set(dtypes) or {weight.dtype for weight, _ in weights}
+    if len(dtypes) != 1:
+        return None
+    (dtype,) = dtypes
+    ways = candidates(dtype, with_native, is_int8=weights[0][1] is not None)
+    if len(ways) == 1:
+        return None
+    if dtype == torch.float32:
+        first, *_, last = ways.values()
+        return LinearChoice(((_FLOAT32_NATIVE_TOKENS, first),), last)
+    return _measure(weights, ways, dtype)
+
+
+def _sample(weights: Sequence[Weight], num_bytes: int) -> list[Weight]:
+    chosen: list[Weight] = []
+    taken = 0
     for weight in weights:
-        if chosen and sum(w.nbytes for w in chosen) + weight.nbytes > num_bytes:
+        if chosen and taken + weight[0].nbytes > num_bytes:
             break
         chosen.append(weight)
+        taken += weight[0].nbytes
     return chosen
 
 
 @torch.inference_mode()
-def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, LinearFunction]) -> LinearChoice:
+def _measure(
+    weights: Sequence[Weight], ways: Mapping[str, LinearFunction], dtype: torch.dtype
+) -> LinearChoice:
     """The fastest way at each token count."""
     names: list[str] = []
     for count in TOKEN_COUNTS:
         sample = _sample(weights, _SAMPLE_BYTES[count <= _FEW_TOKENS])
-        inputs = {w.shape[1]: torch.randn(count, w.shape[1]).to(w.dtype) for w in sample}
+        inputs = {w.shape[1]: torch.randn(count, w.shape[1]).to(dtype) for w, _ in sample}
         fastest, bound = "", float("inf")
         for name, function in ways.items():
             seconds = _best_seconds(function, sample, inputs, give_up=2 * bound)
@@ -142,7 +224,7 @@ def _measure(weights: Sequence[torch.Tensor], ways: Mapping[str, LinearFunction]
 
 def _best_seconds(
     function: LinearFunction,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     inputs: Mapping[int, torch.Tensor],
     give_up: float,
 ) -> float:
@@ -150,8 +232,8 @@ def _best_seconds(
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
-        for weight in weights:
-            function(inputs[weight.shape[1]], weight, None)
+        for weight, scales in weights:
+            function(inputs[weight.shape[1]], weight, None, scales)
         best = min(best, time.perf_counter() - begin)
         if best > give_up:
             break

@@ -8,6 +8,7 @@ import torch
 
 from adapterd.model.attention import ShapeRecorder
 from adapterd.model.grouped_cpu import group_linears
+from adapterd.model.int8 import Int8Linear
 from adapterd.model.kernels import Kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.layer_cpu import use_native_layers
@@ -30,6 +31,9 @@ class Seams:
 def attach_seams(model: Any, kernels: Kernels) -> Seams:
     """Change the model in place. Its attention must be ATTENTION_NAME's; parameters stay what they are."""
     device = next(model.parameters()).device
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.product = kernels.int8_product
     if device.type == "cpu":
         use_fastest_linears(model, kernels.is_native)
     if kernels.is_native:

@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,10 @@ def test_kernels_are_chosen_by_device_and_dtype() -> None:
     assert choose_kernels("auto", CPU, torch.float32) is NATIVE_KERNELS
     assert choose_kernels("auto", CPU, torch.bfloat16) is NATIVE_KERNELS
     assert choose_kernels("auto", CPU, torch.float16) is TORCH_KERNELS
-    assert choose_kernels("auto", torch.device("cuda"), torch.bfloat16) is TORCH_KERNELS
+    on_cuda = choose_kernels("auto", torch.device("cuda"), torch.bfloat16)
+    assert (on_cuda is TORCH_KERNELS) == (find_spec("triton") is None)
+    assert not on_cuda.is_native
+    assert choose_kernels("auto", torch.device("cuda"), torch.float64) is TORCH_KERNELS
     assert choose_kernels("torch", CPU, torch.float32) is TORCH_KERNELS
     with pytest.raises(BaseRefused, match=r"torch\.float16 on cpu"):
         choose_kernels("native", CPU, torch.float16)

@@ -73,18 +73,19 @@ inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
 }
 
 // x: [..., hidden] of `tokens` rows, float32 or bfloat16, as everything else; cos, sin: [tokens, head_dim].
-// weights, biases: q, k, v, o, gate, up, down; table and bounds as for linears(), in that order.
+// weights, scales, biases: q, k, v, o, gate, up, down; table and bounds as for linears(), in that order.
 // norms: before attention, before the MLP, of each query head and of each key head (the last two or neither); each
 // with its eps and offset in norm_numbers. keys, values, slot_mapping: see write_kv; the rest: see paged_attention.
 inline at::Tensor decoder_layer(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                 const std::vector<at::Tensor>& weights,
+                                const c10::List<std::optional<at::Tensor>>& scales,
                                 const c10::List<std::optional<at::Tensor>>& biases,
                                 const std::vector<at::Tensor>& norms, at::ArrayRef<double> norm_numbers,
                                 const std::optional<at::Tensor>& table, at::IntArrayRef bounds, at::Tensor& keys,
                                 at::Tensor& values, const at::Tensor& slot_mapping, const at::Tensor& slots,
                                 const at::Tensor& sequences, double scale, int64_t window, double softcap,
                                 const std::optional<at::Tensor>& sinks) {
-  TORCH_CHECK(weights.size() == 7 && biases.size() == 7 && (norms.size() == 2 || norms.size() == 4) &&
+  TORCH_CHECK(weights.size() == 7 && scales.size() == 7 && biases.size() == 7 && (norms.size() == 2 || norms.size() == 4) &&
                   norm_numbers.size() == 2 * norms.size(),
               "decoder_layer: seven linears, two norms or four");
   const int64_t tokens = slot_mapping.numel();
@@ -100,9 +101,12 @@ inline at::Tensor decoder_layer(const at::Tensor& x, const at::Tensor& cos, cons
     return rms_norm(rows, norms[i], norm_numbers[2 * i], norm_numbers[2 * i + 1]);
   };
   const auto multiply = [&](const at::Tensor& rows, size_t first, size_t count) {
-    c10::List<std::optional<at::Tensor>> own;
-    for (size_t i = first; i < first + count; ++i) own.push_back(biases.get(i));
-    return linears(rows, {weights.begin() + first, weights.begin() + first + count}, own, table,
+    c10::List<std::optional<at::Tensor>> own_scales, own_biases;
+    for (size_t i = first; i < first + count; ++i) {
+      own_scales.push_back(scales.get(i));
+      own_biases.push_back(biases.get(i));
+    }
+    return linears(rows, {weights.begin() + first, weights.begin() + first + count}, own_scales, own_biases, table,
                    table ? bounds.slice(2 * first, 2 * count) : bounds);
   };
   const at::Tensor angles_cos = cosines.view({tokens, dim});

@@ -43,14 +43,55 @@ PreparedRows<T> prepare_rows(const T* x, int64_t tokens, int64_t n) {
   return {storage, out, stride};
 }
 
-// y [tokens, d_out] = x w^T + bias, for one of several linears that read the same x.
+// y [tokens, d_out] = x w^T + bias, for one of several linears that read the same x. A weight of whole numbers has
+// `whole` in place of w, and a scale for each row: its products are taken as they are, and their sums are scaled.
 template <typename T>
 struct Product {
   const T* w;
   const T* bias;
   T* y;
   int64_t d_out;
+  const int8_t* whole = nullptr;
+  const float* scales = nullptr;
 };
+
+// Whole numbers of 8 bits, exact in either type. bfloat16 is the upper half of float32.
+inline void unpack(const int8_t* from, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; ++k) to[k] = static_cast<float>(from[k]);
+}
+
+inline void unpack(const int8_t* from, int64_t n, bf16* to) {
+  auto* out = reinterpret_cast<uint16_t*>(to);
+  int64_t k = 0;
+#if defined(__AVX512BF16__)
+  for (; k + 32 <= n; k += 32) {
+    const auto first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + k)));
+    const auto second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + k + 16)));
+    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+    std::memcpy(out + k, &both, sizeof both);
+  }
+#endif
+  for (; k < n; ++k) out[k] = static_cast<uint16_t>(bits<uint32_t>(static_cast<float>(from[k])) >> 16);
+}
+
+// Columns of whole numbers that are unpacked at a time: with four rows of them, and x, the first cache is full.
+template <typename T>
+constexpr int64_t kUnpackedStride = kChunk<T> + kBlock;
+
+// out[i * group_rows + j] += the product over columns [k, k + n) of `rows` rows of whole numbers from `row` on.
+template <typename T>
+void dot_whole(const Product<T>& product, const PreparedRows<T>& x, int64_t tokens, int64_t d_in, int64_t group_rows,
+               int64_t row, int rows, int64_t k, int64_t n, float* out) {
+  thread_local std::vector<T> unpacked;
+  unpacked.resize(group_rows * kUnpackedStride<T>);
+  const int8_t* here = product.whole + row * d_in + k;
+  for (int j = 0; j < rows; ++j) {
+    if (row + rows + j < product.d_out) prefetch_rows(here + (rows + j) * d_in, d_in, 1, n);
+    unpack(here + j * d_in, n, unpacked.data() + j * kUnpackedStride<T>);
+  }
+  dot_group(rows, unpacked.data(), kUnpackedStride<T>, x.data + k, x.stride, tokens, n, out, group_rows,
+            static_cast<const T*>(nullptr));
+}
 
 // Rows [begin, end) of one product's weights, `group_rows` at a time. `after` is as many rows which the thread
 // multiplies next, or null.
@@ -63,6 +104,10 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
     const int rows = static_cast<int>(std::min(group_rows, end - row));
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = 0; k < d_in; k += kChunk<T>) {
+      if (product.whole) {
+        dot_whole(product, x, tokens, d_in, group_rows, row, rows, k, std::min(kChunk<T>, d_in - k), sums.data());
+        continue;
+      }
       const T* here = product.w + row * d_in + k;
       const T* next = after;
       if (k + kChunk<T> < d_in) {
@@ -77,7 +122,8 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
       T* y = product.y + t * product.d_out + row;
       for (int j = 0; j < rows; ++j) {
         const float offset = product.bias ? static_cast<float>(product.bias[row + j]) : 0.0f;
-        y[j] = static_cast<T>(sums[t * group_rows + j] + offset);
+        const float scale = product.scales ? product.scales[row + j] : 1.0f;
+        y[j] = static_cast<T>(sums[t * group_rows + j] * scale + offset);
       }
     }
   }
@@ -96,8 +142,11 @@ std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, 
   int64_t total = 0;
   for (const Product<T>& product : products) total += product.d_out;
   const int64_t threads = at::get_num_threads();
-  *group_rows = tokens > kFewTokens && total >= 4 * threads * kManyRows ? kManyRows : kGroupRows;
-  const int64_t groups_at_once = std::max<int64_t>(1, kUnitBytes / (*group_rows * d_in * static_cast<int64_t>(sizeof(T))));
+  const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
+  const bool many = tokens > kFewTokens && total >= 4 * threads * kManyRows;
+  *group_rows = many ? kManyRows : whole ? kTileRows : kGroupRows;
+  const int64_t row_bytes = d_in * static_cast<int64_t>(whole ? sizeof(int8_t) : sizeof(T));
+  const int64_t groups_at_once = std::max<int64_t>(1, kUnitBytes / (*group_rows * row_bytes));
   const int64_t step = *group_rows * groups_at_once;
   std::vector<ProductUnit> units;
   for (size_t i = 0; i < products.size(); ++i) {

@@ -58,7 +58,8 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
     if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
     const ProductUnit& unit = units[item];
     const T* after = nullptr;
-    if (next < num_units && units[next].begin + group_rows <= products[units[next].product].d_out) {
+    if (next < num_units && products[units[next].product].w &&
+        units[next].begin + group_rows <= products[units[next].product].d_out) {
       after = products[units[next].product].w + units[next].begin * d_in;
     }
     multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end, after);
@@ -100,16 +101,19 @@ void by_type(const at::Tensor& x, const F& run) {
   }
 }
 
-// x: [..., d_in]; weights: [d_out, d_in] each; biases: [d_out] or none, as many; all of one type, float32 or bfloat16.
+// x: [..., d_in]; weights: [d_out, d_in] each; biases: [d_out] or none, as many; all of one type, float32 or bfloat16,
+// but for weights of int8: these have scales, float32 [d_out], and the others none.
 // table: int64 [num_entries, 6] as LoraEntry, or none; rows [bounds[2i], bounds[2i + 1]) of it are weight i's; tokens
 // are x's rows. The matrices at its addresses have the type of x and are kept alive by the caller. Returns [..., d_out]
 // each.
 inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                                       const c10::List<std::optional<at::Tensor>>& scales,
                                        const c10::List<std::optional<at::Tensor>>& biases,
                                        const std::optional<at::Tensor>& table, at::IntArrayRef bounds) {
   check_input(x);
-  TORCH_CHECK(biases.size() == weights.size() && (!table || bounds.size() == 2 * weights.size()),
-              "linears: a bias and two bounds for each weight");
+  TORCH_CHECK(scales.size() == weights.size() && biases.size() == weights.size() &&
+                  (!table || bounds.size() == 2 * weights.size()),
+              "linears: scales, a bias and two bounds for each weight");
   const int64_t d_in = x.size(-1);
   const int64_t tokens = d_in ? x.numel() / d_in : 0;
   std::vector<at::Tensor> found;
@@ -121,7 +125,12 @@ inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at
       const at::Tensor& weight = weights[i];
       TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "linears: weight must be a contiguous matrix");
       TORCH_CHECK(weight.size(1) == d_in, "linears: x has ", d_in, " columns, weight ", weight.size(1));
-      TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "linears: x and weight differ in type");
+      const std::optional<at::Tensor> scale = scales.get(i);
+      TORCH_CHECK(weight.scalar_type() == (scale ? at::kChar : x.scalar_type()),
+                  "linears: x and weight differ in type, and a weight of int8 needs scales");
+      TORCH_CHECK(!scale || (scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
+                             scale->numel() == weight.size(0)),
+                  "linears: scales must be contiguous float32, one for each row");
       const std::optional<at::Tensor> bias = biases.get(i);
       TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
                             bias->numel() == weight.size(0)),
@@ -129,8 +138,10 @@ inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at
       auto shape = x.sizes().vec();
       shape.back() = weight.size(0);
       found.push_back(at::empty(shape, x.options()));
-      products.push_back({weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
-                          found.back().mutable_data_ptr<T>(), weight.size(0)});
+      products.push_back({scale ? nullptr : weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr,
+                          found.back().mutable_data_ptr<T>(), weight.size(0),
+                          scale ? weight.const_data_ptr<int8_t>() : nullptr,
+                          scale ? scale->const_data_ptr<float>() : nullptr});
       Additions adapters{nullptr, 0, nullptr};
       if (table) adapters = checked_additions(*table, bounds[2 * i], bounds[2 * i + 1], tokens);
       additions.push_back(adapters);
@@ -141,8 +152,10 @@ inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at
 }
 
 // One linear without adapters; x may have any strides.
-inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return linears(x.contiguous(), {weight}, c10::List<std::optional<at::Tensor>>({bias}), std::nullopt, {})[0];
+inline at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& scales) {
+  using Each = c10::List<std::optional<at::Tensor>>;
+  return linears(x.contiguous(), {weight}, Each({scales}), Each({bias}), std::nullopt, {})[0];
 }
 
 // y: [tokens, d_out], changed in place; x: [tokens, d_in]; one type, float32 or bfloat16. table as in linears(); its

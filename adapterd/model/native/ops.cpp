@@ -6,9 +6,10 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(adapterd, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", adapterd::linear);
-  m.def("linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? table, int[] bounds) -> Tensor[]",
-        adapterd::linears);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scales=None) -> Tensor", adapterd::linear);
+  m.def(
+      "linears(Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, Tensor? table, int[] bounds) -> Tensor[]",
+      adapterd::linears);
   m.def("add_lora(Tensor(a!) y, Tensor x, Tensor table, int first, int last) -> ()", adapterd::add_lora);
   m.def(
       "paged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor sequences, float scale, "
@@ -18,8 +19,8 @@ TORCH_LIBRARY(adapterd, m) {
         adapterd::write_kv);
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor", adapterd::silu_mul);
   m.def(
-      "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, Tensor?[] biases, Tensor[] norms, "
-      "float[] norm_numbers, Tensor? table, int[] bounds, Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, "
+      "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, "
+      "Tensor[] norms, float[] norm_numbers, Tensor? table, int[] bounds, Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, "
       "Tensor slots, Tensor sequences, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
       adapterd::decoder_layer);
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor", adapterd::rms_norm);

@@ -1,0 +1,138 @@
+"""Linears of 8 bits: the reference, the C++ operator and Triton's kernel are one product; rounding stays in bounds."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adapterd.errors import BaseRefused
+from adapterd.model.base import load_base
+from adapterd.model.int8 import Int8Linear, dequantize_rows, int8_linear, quantize_linears, quantize_rows
+from adapterd.model.linear_cpu import CpuInt8Linear, float32_linear, native_linear, use_fastest_linears
+from tests.model.test_linear_cpu import SHAPES, TOKENS, draw
+from tests.native_kernels import require_native_kernels
+from tests.tiny import tiny_llama
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def written_out(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor
+) -> torch.Tensor:
+    weight = values.double() * scales.double()[:, None]
+    return F.linear(x.double(), weight, None if bias is None else bias.double())
+
+
+def allowed(expected: torch.Tensor, d_in: int, dtype: torch.dtype) -> torch.Tensor:
+    """float32 sums in some order, then at most half a unit in the last place of the result's type."""
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+    return 1e-6 * d_in**0.5 * 4 + rounding * expected.abs()
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_way_multiplies_the_weight_that_is_written_out(
+    dtype: torch.dtype, d_out: int, d_in: int
+) -> None:
+    values, scales = quantize_rows(draw(d_out, d_in, dtype=dtype))
+    bias = draw(d_out, dtype=dtype)
+    ways = [int8_linear, float32_linear]
+    require_native_kernels()
+    ways.append(native_linear)
+    for tokens, b in itertools.product(TOKENS, (None, bias)):
+        x = draw(tokens, d_in, dtype=dtype)
+        expected = written_out(x, values, b, scales)
+        for way in ways:
+            found = way(x, values, b, scales)
+            assert found.dtype == dtype
+            assert ((found.double() - expected).abs() <= allowed(expected, d_in, dtype)).all(), way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 17, 70])
+def test_triton_multiplies_the_weight_that_is_written_out(tokens: int, dtype: torch.dtype) -> None:
+    from tests.triton_kernels import DEVICE, IS_INTERPRETED
+
+    from adapterd.model.int8_triton import int8_linear_triton  # isort: skip  (needs the interpreter's setting)
+
+    for d_out, d_in in [(24, 40), (130, 257)]:
+        values, scales = quantize_rows(draw(d_out, d_in, dtype=dtype))
+        x = draw(tokens, d_in, dtype=dtype)
+        # The interpreter cuts off where a GPU rounds to bfloat16.
+        bfloat16 = 2.0**-7 if IS_INTERPRETED else 2.0**-8
+        rounding = {torch.float32: 1e-6, torch.bfloat16: bfloat16, torch.float16: 2.0**-11}[dtype]
+        for bias in (None, draw(d_out, dtype=dtype)):
+            expected = written_out(x, values, bias, scales)
+            on_device = [t if t is None else t.to(DEVICE) for t in (x, values, bias, scales)]
+            found = int8_linear_triton(*on_device).cpu().double()  # type: ignore[arg-type]
+            assert ((found - expected).abs() <= rounding * expected.abs() + 2e-4).all()
+
+
+def test_a_weight_is_at_most_half_a_step_off_and_a_row_of_zeros_stays_zero() -> None:
+    weight = draw(40, 300, dtype=torch.bfloat16)
+    weight[7] = 0
+    values, scales = quantize_rows(weight)
+    assert values.dtype == torch.int8
+    assert (
+        (dequantize_rows(values, scales, torch.float32) - weight.float()).abs() <= 0.5001 * scales[:, None]
+    ).all()
+    assert not values[7].any()
+    # What was rounded once is not rounded again.
+    again, same_scales = quantize_rows(dequantize_rows(values, scales, torch.float32))
+    assert torch.equal(again, values)
+    torch.testing.assert_close(same_scales, scales)
+
+
+def test_native_operator_refuses_whole_numbers_without_scales_and_scales_without_them() -> None:
+    require_native_kernels()
+    values, scales = quantize_rows(draw(8, 16, dtype=torch.float32))
+    x = draw(2, 16, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="scales"):
+        native_linear(x, values, None)
+    with pytest.raises(RuntimeError, match="scales"):
+        native_linear(x, values.float(), None, scales)
+    with pytest.raises(RuntimeError, match="one for each row"):
+        native_linear(x, values, None, scales[:-1])
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.gate = nn.Linear(16, 4)
+        self.up = nn.Linear(16, 24)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_routers_and_embeddings_keep_their_weights_and_a_tied_head_gets_its_own() -> None:
+    model = Routed()
+    before = model.embed.weight.clone()
+    saved = quantize_linears(model)
+    assert type(model.gate) is nn.Linear
+    assert isinstance(model.up, Int8Linear)
+    assert isinstance(model.head, Int8Linear)
+    assert torch.equal(model.embed.weight, before)
+    assert (model.head.weight - before).abs().max() <= model.head.scales.max()
+    # up: 3 bytes of 4 less and a scale for each row; the head was the embedding's, and now takes memory of its own.
+    assert saved == 24 * 16 * 3 - 24 * 4 - (50 * 16 + 50 * 4)
+
+
+def test_chosen_ways_keep_the_module_an_int8_linear() -> None:
+    model = Routed().to(torch.bfloat16)
+    quantize_linears(model)
+    x = draw(3, 16, dtype=torch.bfloat16)
+    expected = model.up(x)
+    require_native_kernels()
+    use_fastest_linears(model, with_native=True)
+    assert type(model.up) is CpuInt8Linear
+    torch.testing.assert_close(model.up(x), expected, rtol=2.0**-7, atol=1e-6)
+
+
+def test_bitsandbytes_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    with pytest.raises(BaseRefused, match="needs a CUDA device; on cpu use --quantization int8"):
+        load_base(str(tmp_path), device="cpu", quantization="bnb-4bit")
