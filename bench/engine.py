@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = load_base(
         str(arguments.models / "base"),
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         device=arguments.device,
         kernels=arguments.kernels,
     )
@@ -204,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {
         "architecture": base.spec.architecture,
         "dtype": base.spec.dtype,
+        "quantization": arguments.quantization,
         "lora_step": type(base.lora_step).__name__,
         "num_threads": torch.get_num_threads(),
         "load_seconds": load_seconds,
@@ -263,6 +265,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-tokens", type=int, default=64)
     add("--repeats", type=int, default=3, help="the median by tokens a second is kept")
     add("--dtype", choices=dtypes, default="bfloat16")
+    add("--quantization", choices=("none", "int8", "bnb-8bit", "bnb-4bit"), default="none")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add(
         "--kernels",
