@@ -4,7 +4,7 @@
 #pragma once
 
 #include "threads.h"
-#include "tiles.h"
+#include "whole.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -55,44 +55,6 @@ struct Product {
   const float* scales = nullptr;
 };
 
-// Whole numbers of 8 bits, exact in either type. bfloat16 is the upper half of float32.
-inline void unpack(const int8_t* from, int64_t n, float* to) {
-  for (int64_t k = 0; k < n; ++k) to[k] = static_cast<float>(from[k]);
-}
-
-inline void unpack(const int8_t* from, int64_t n, bf16* to) {
-  auto* out = reinterpret_cast<uint16_t*>(to);
-  int64_t k = 0;
-#if defined(__AVX512BF16__)
-  for (; k + 32 <= n; k += 32) {
-    const auto first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + k)));
-    const auto second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from + k + 16)));
-    const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-    std::memcpy(out + k, &both, sizeof both);
-  }
-#endif
-  for (; k < n; ++k) out[k] = static_cast<uint16_t>(bits<uint32_t>(static_cast<float>(from[k])) >> 16);
-}
-
-// Columns of whole numbers that are unpacked at a time: with four rows of them, and x, the first cache is full.
-template <typename T>
-constexpr int64_t kUnpackedStride = kChunk<T> + kBlock;
-
-// out[i * group_rows + j] += the product over columns [k, k + n) of `rows` rows of whole numbers from `row` on.
-template <typename T>
-void dot_whole(const Product<T>& product, const PreparedRows<T>& x, int64_t tokens, int64_t d_in, int64_t group_rows,
-               int64_t row, int rows, int64_t k, int64_t n, float* out) {
-  thread_local std::vector<T> unpacked;
-  unpacked.resize(group_rows * kUnpackedStride<T>);
-  const int8_t* here = product.whole + row * d_in + k;
-  for (int j = 0; j < rows; ++j) {
-    if (row + rows + j < product.d_out) prefetch_rows(here + (rows + j) * d_in, d_in, 1, n);
-    unpack(here + j * d_in, n, unpacked.data() + j * kUnpackedStride<T>);
-  }
-  dot_group(rows, unpacked.data(), kUnpackedStride<T>, x.data + k, x.stride, tokens, n, out, group_rows,
-            static_cast<const T*>(nullptr));
-}
-
 // Rows [begin, end) of one product's weights, `group_rows` at a time. `after` is as many rows which the thread
 // multiplies next, or null.
 template <typename T>
@@ -105,7 +67,8 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = 0; k < d_in; k += kChunk<T>) {
       if (product.whole) {
-        dot_whole(product, x, tokens, d_in, group_rows, row, rows, k, std::min(kChunk<T>, d_in - k), sums.data());
+        dot_whole<T>(product.whole + row * d_in + k, d_in, rows, product.d_out - row - rows, x.data + k, x.stride, tokens,
+                  std::min(kChunk<T>, d_in - k), sums.data(), group_rows);
         continue;
       }
       const T* here = product.w + row * d_in + k;
