@@ -49,10 +49,10 @@ NAMES = {"base": "base", "one": "one adapter", "mixed8": "8 mixed", "mixed32": "
 
 # traffic, concurrency, the peers that answer it, the ratio asked for.
 VERSUS: tuple[tuple[str, int, tuple[str, ...], float], ...] = (
-    ("base", 1, ("llamacpp", "vllm"), 1.0),
+    ("base", 1, ("llamacpp-base", "vllm"), 1.0),
     ("one", 1, ("llamacpp", "vllm-lora"), 1.0),
-    ("base", 8, ("vllm", "llamacpp"), 1.0),
-    ("base", 16, ("vllm", "llamacpp"), 1.0),
+    ("base", 8, ("vllm", "llamacpp-base"), 1.0),
+    ("base", 16, ("vllm", "llamacpp-base"), 1.0),
     ("one", 8, ("vllm-lora", "llamacpp"), 2.5),
     ("one", 16, ("vllm-lora", "llamacpp"), 2.5),
     ("mixed8", 8, ("vllm-lora", "llamacpp"), 4.0),
@@ -178,6 +178,29 @@ def tax_table(results: Results) -> list[str]:
     return lines
 
 
+def int8_table(results: Results) -> list[str]:
+    """The base's linears in 8 bits, against its own 16 bits and llama.cpp's q8_0."""
+    lines = [
+        "| linears in 8 bits | at once | adapterd int8 | over its bfloat16 | asked | llama.cpp q8_0 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for traffic, concurrency, asked in (
+        ("base", 1, "1.6"),
+        ("one", 1, ""),
+        ("base", 8, ""),
+        ("mixed8", 8, ""),
+    ):
+        whole = results.get(Key("adapterd-int8", traffic, concurrency))
+        ours = results.get(Key("adapterd", traffic, concurrency))
+        theirs = results.get(Key("llamacpp-q8", traffic, concurrency))
+        ratio = f"**{whole.tokens_per_second / ours.tokens_per_second:.2f}**" if whole and ours else _MISSING
+        lines.append(
+            f"| {NAMES[traffic]} | {concurrency} | {_rate(whole)} | {ratio} | {asked} "
+            f"| {_rate(theirs) if theirs else ''} |"
+        )
+    return lines
+
+
 def server_table(results: Results) -> list[str]:
     """Peak memory and start-up, at the largest any cell showed."""
     lines = ["| server | peak memory | start-up |", "|---|---|---|"]
@@ -213,7 +236,13 @@ def machine_line(directory: Path) -> str:
 
 def markdown(directory: Path) -> str:
     results = read_results(directory)
-    parts = [[machine_line(directory)], versus_table(results), tax_table(results), server_table(results)]
+    parts = [
+        [machine_line(directory)],
+        versus_table(results),
+        tax_table(results),
+        int8_table(results),
+        server_table(results),
+    ]
     return "\n\n".join("\n".join(part) for part in parts)
 
 

@@ -166,7 +166,7 @@ def results(tmp_path: Path) -> Path:
     _write(directory, "adapterd", "mixed8", 8, [40.0, 41.0, 39.0])
     _write(directory, "adapterd-base", "base", 8, [50.0])
     _write(directory, "vllm", "base", 8, [40.0])
-    _write(directory, "llamacpp", "base", 8, [20.0])
+    _write(directory, "llamacpp-base", "base", 8, [20.0])
     _write(directory, "vllm-lora", "mixed8", 8, [8.0])
     return directory
 
