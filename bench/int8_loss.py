@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from adapterd.model.base import find_base
+from adapterd.model.find import find_base
 from adapterd.model.int8 import quantize_linears
 from adapterd.render import Renderer
 from adapterd.training.data import read_rows
