@@ -29,6 +29,7 @@ from adapterd.errors import AdapterdError, ConfigError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
+EXIT_GATE = 3  # a --fail-under limit was missed
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -87,10 +88,13 @@ def train(flags: dict[str, Any]) -> int:
 def evaluate(flags: dict[str, Any]) -> int:
     settings = _settings(EvalSettings, flags)
 
-    from adapterd.evaluation import evaluate
+    from adapterd.evaluation.run import evaluate
 
-    print(evaluate(settings))
-    return 0
+    report, missed = evaluate(settings)
+    print(report)
+    for line in missed:
+        print(f"adapterd: {line}", file=sys.stderr)
+    return EXIT_GATE if missed else 0
 
 
 def pull(flags: dict[str, Any]) -> int:
@@ -157,7 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     for settings, run, summary in (
         (ServeSettings, serve, "serve a base and its adapters under the OpenAI API"),
         (TrainSettings, train, "train an adapter from rows of chat messages"),
-        (EvalSettings, evaluate, "measure adapters against the bare base on held-out rows"),
+        (
+            EvalSettings,
+            evaluate,
+            "measure adapters against the base, bare and well prompted, on held-out rows",
+        ),
         (PullSettings, pull, "fetch adapters into a directory that a daemon watches"),
         (CheckSettings, check, "say what is wrong with rows before anybody trains on them"),
     ):
