@@ -56,24 +56,26 @@ class Asker:
     def max_model_len(self) -> int:
         return self._daemon.engine.max_model_len
 
-    def num_prompt_tokens(self, messages: Messages, model: ResolvedModel) -> int:
-        return len(self._render(messages, model))
+    def render(self, chats: Sequence[Messages], model: ResolvedModel) -> list[list[int]]:
+        """The prompts that the server would make of the chats."""
+        return [
+            self._daemon.renderer.render(messages, chat_template=model.chat_template) for messages in chats
+        ]
 
-    def fits(self, messages: Messages, model: ResolvedModel) -> bool:
-        """Whether the prompt leaves room for an answer of `max_tokens`."""
-        return self.num_prompt_tokens(messages, model) + self._max_tokens <= self.max_model_len
+    def fits(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt leaves room for an answer of `max_tokens`."""
+        return len(prompt) + self._max_tokens <= self.max_model_len
 
     def answers(
         self,
         rows: Sequence[Row],
-        chats: Sequence[Messages],
+        prompts: Sequence[list[int]],
         model: ResolvedModel,
         *,
         price_per_hour: float | None,
     ) -> tuple[list[Answer], Cost]:
-        """The greedy answer to each chat, beside the row it came from. The first rows are asked alone before, for the
-        time: later their prompts would lie in the prefix cache."""
-        prompts = [self._render(messages, model) for messages in chats]
+        """The greedy answer to each prompt, beside the row it came from. The first are asked alone before, for the
+        time: later they would lie in the prefix cache."""
         params = SamplingParams(max_tokens=self._max_tokens, temperature=0.0)
         self._run([(self._daemon.renderer.encode("a"), params)], model)  # loads the adapter, warms the caches
         times = list(self._times_alone(prompts[:NUM_TIMED_ROWS], params, model))
@@ -101,10 +103,9 @@ class Asker:
         return answers, cost
 
     def agreement(
-        self, chats: Sequence[Messages], model: ResolvedModel, *, samples: int, temperature: float
+        self, prompts: Sequence[list[int]], model: ResolvedModel, *, samples: int, temperature: float
     ) -> list[float]:
-        """Of each chat's `samples` answers drawn with seeds 1, 2, ...: the share of pairs that say the same."""
-        prompts = [self._render(messages, model) for messages in chats]
+        """Of each prompt's `samples` answers drawn with seeds 1, 2, ...: the share of pairs that say the same."""
         asked = [
             (
                 prompt,
@@ -121,14 +122,14 @@ class Asker:
         return shares
 
     def answer_losses(
-        self, rows: Sequence[Row], chats: Sequence[Messages], model: ResolvedModel
+        self, rows: Sequence[Row], prompts: Sequence[list[int]], model: ResolvedModel
     ) -> list[Loss | None]:
-        """Of each reference with its stop token, after its chat; None for one that does not fit the context."""
+        """Of each reference with its stop token, after its prompt; None for one that does not fit the context."""
         renderer = self._daemon.renderer
         whole: list[tuple[list[int], int] | None] = []
-        for row, messages in zip(rows, chats, strict=True):
+        for row, prompt in zip(rows, prompts, strict=True):
             answer = [*renderer.encode_answer(row.answer), renderer.stop_token_id]
-            tokens = [*self._render(messages, model), *answer]
+            tokens = [*prompt, *answer]
             whole.append((tokens, len(answer)) if len(tokens) <= self.max_model_len else None)
         found = iter(self._losses([item for item in whole if item is not None], model))
         return [None if item is None else next(found) for item in whole]
@@ -174,12 +175,6 @@ class Asker:
             for prompt, params in some:
                 self._num_asked += 1
                 room = self.max_model_len - len(prompt)
-                if room < min(1, params.max_tokens):
-                    raise InvalidRequest(
-                        f"a prompt of {len(prompt)} tokens leaves no room for an answer in the context of"
-                        f" {self.max_model_len}",
-                        param="data",
-                    )
                 requests.append(
                     Request(
                         id=RequestId(f"eval-{self._num_asked}"),
@@ -199,6 +194,3 @@ class Asker:
                     )
                 finished.append(one)
         return finished
-
-    def _render(self, messages: Messages, model: ResolvedModel) -> list[int]:
-        return self._daemon.renderer.render(messages, chat_template=model.chat_template)

@@ -137,7 +137,9 @@ def judge_need(
         sentences.append(f"You do not need this adapter: `{title}` is better. {name} {gain}.")
     elif difference.value < _WORTH_HAVING:
         outcome = "prompt_is_enough"
-        sentences.append(f"You do not need this adapter, as far as {difference.n} rows show: `{title}` is as good. {name} {gain}.")
+        sentences.append(
+            f"You do not need this adapter, as far as {difference.n} rows show: `{title}` is as good. {name} {gain}."
+        )
     else:
         outcome = "not_proven"
         sentences.append(

@@ -11,8 +11,8 @@ from pathlib import Path
 from adapterd.composition import ResolvedModel
 from adapterd.config import EvalSettings, flag
 from adapterd.daemon import Daemon
-from adapterd.errors import AdapterRefused, ConfigError, ModelNotFound
-from adapterd.evaluation.arms import Arm, Messages, Prompting, choose_shots, prompted_arms
+from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
+from adapterd.evaluation.arms import Arm, Prompting, choose_shots, prompted_arms
 from adapterd.evaluation.ask import Asker
 from adapterd.evaluation.compare import ArmResult
 from adapterd.evaluation.gate import failures, parse_limits
@@ -23,10 +23,12 @@ from adapterd.evaluation.result import Result, put_together
 from adapterd.evaluation.scoring import score
 from adapterd.evaluation.task import EvalTask, read_general, read_task
 from adapterd.registry import AdapterEntry
+from adapterd.training.data import Row
 
 _logger = logging.getLogger(__name__)
 
 _LOAD_TIMEOUT_SECONDS = 600.0
+_ROWS_MEASURED = 16
 _ROWS_SAMPLED = 100
 """Rows whose agreement over seeds is measured: enough for a share, and each costs several answers."""
 
@@ -84,8 +86,11 @@ def evaluate_adapter(
     adapted = daemon.registry.resolve_waiting(f"{daemon.spec.name}:{entry.name}", _LOAD_TIMEOUT_SECONDS)
     shots = choose_shots(task.train, task.task, number=task.num_shots, apart_from=task.rows)
 
+    longest = _longest_rows(asker, task, base)
+
     def fits(prompting: Prompting) -> bool:
-        return all(asker.fits(prompting.messages(row), base) for row in task.rows)
+        chats = [prompting.messages(row) for row in longest]
+        return all(asker.fits(prompt) for prompt in asker.render(chats, base))
 
     prompted, notes = prompted_arms(base, system=task.system, shots=shots, fit=fits)
     arms = [
@@ -122,37 +127,52 @@ def evaluate_adapter(
     )
 
 
+def _longest_rows(asker: Asker, task: EvalTask, base: ResolvedModel) -> list[Row]:
+    """The rows by which one tells whether a longer prompt fits. InvalidRequest if one leaves no room as it is."""
+    prompts = asker.render([Prompting().messages(row) for row in task.rows], base)
+    by_length = sorted(zip(prompts, task.rows, strict=True), key=lambda pair: -len(pair[0]))
+    full = [row.line for prompt, row in by_length if len(prompt) >= asker.max_model_len]
+    if full:
+        raise InvalidRequest(
+            f"{task.data}: the prompts of lines {', '.join(map(str, sorted(full)[:20]))} leave no room for an answer"
+            f" in the context of {asker.max_model_len} tokens",
+            param="data",
+        )
+    return [row for _, row in by_length[:_ROWS_MEASURED]]
+
+
 def _local(
     asker: Asker, arm: Arm, task: EvalTask, settings: EvalSettings, general: Sequence[str]
 ) -> ArmResult:
     model = arm.model
     assert model is not None, "a local arm has a model"
     _logger.info("asking %s: %d rows", arm.title, len(task.rows))
-    chats = [arm.prompting.messages(row) for row in task.rows]
-    answers, cost = asker.answers(task.rows, chats, model, price_per_hour=settings.price_per_hour)
+    prompts = asker.render([arm.prompting.messages(row) for row in task.rows], model)
+    answers, cost = asker.answers(task.rows, prompts, model, price_per_hour=settings.price_per_hour)
     scores = score(task.task, answers)
     if settings.samples > 1:
-        scores = scores.with_values("consistency", _agreement(asker, chats, model, settings))
+        scores = scores.with_values("consistency", _agreement(asker, prompts, model, settings))
     return ArmResult(
         arm=arm,
         answers=tuple(answers),
         scores=scores,
         cost=cost,
-        losses=tuple(asker.answer_losses(task.rows, chats, model)),
-        # A prompt takes no part in general text: there the prompted base is the base.
+        # A prompt takes no part in general text: there the prompted base is the base. And scoring long prompts token
+        # by token would cost more than all the answers.
+        losses=None if arm.kind == "prompted" else tuple(asker.answer_losses(task.rows, prompts, model)),
         general=None if arm.kind == "prompted" else tuple(asker.text_losses(general, model)),
     )
 
 
 def _agreement(
-    asker: Asker, chats: Sequence[Messages], model: ResolvedModel, settings: EvalSettings
+    asker: Asker, prompts: Sequence[list[int]], model: ResolvedModel, settings: EvalSettings
 ) -> list[float | None]:
     """Of some rows, evenly spread; None of the others."""
-    picked = range(0, len(chats), -(-len(chats) // _ROWS_SAMPLED))
-    some = [chats[row] for row in picked]
+    picked = range(0, len(prompts), -(-len(prompts) // _ROWS_SAMPLED))
+    some = [prompts[row] for row in picked]
     shares = asker.agreement(some, model, samples=settings.samples, temperature=settings.temperature)
     found = dict(zip(picked, shares, strict=True))
-    return [found.get(row) for row in range(len(chats))]
+    return [found.get(row) for row in range(len(prompts))]
 
 
 def _peer(endpoint: Endpoint, prompting: Prompting, task: EvalTask, settings: EvalSettings) -> ArmResult:

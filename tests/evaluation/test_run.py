@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from adapterd.config import EvalSettings
 from adapterd.core import Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
-from adapterd.errors import AdapterRefused, ConfigError, ModelNotFound
+from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
 from adapterd.evaluation.report import CARD_BEGIN, CARD_END, write_card
 from adapterd.evaluation.run import evaluate
 from adapterd.peft_config import CONFIG_FILE
@@ -204,6 +204,7 @@ def test_what_cannot_be_evaluated_is_refused(folder: Path, tmp_path: Path) -> No
         ({"peer_price_in": 1.0}, ConfigError, "--peer-price-in means nothing without --peer-url"),
         ({"fail_under": ("exact",)}, ConfigError, "'exact' is not METRIC=VALUE"),
         ({"general": tmp_path / "none.txt"}, ConfigError, "cannot read"),
+        ({"max_model_len": 16}, InvalidRequest, r"prompts of lines 1, 2, .* leave no room"),
     ):
         with pytest.raises(error, match=message):
             evaluate(told(folder, **values))
