@@ -275,8 +275,9 @@ def _examples(result: Result) -> list[str]:
 
 
 def _cell(text: str) -> str:
+    """A text in a table: shortened, and nothing in it ends the cell or the line."""
     short = text if len(text) <= _MAX_EXAMPLE_CHARACTERS else text[: _MAX_EXAMPLE_CHARACTERS - 1] + "…"
-    return short.strip().replace("|", "\\|").replace("\n", "<br>")
+    return "<br>".join(short.strip().replace("|", "\\|").splitlines())
 
 
 def _metric_title(result: Result) -> str:

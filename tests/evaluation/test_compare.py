@@ -121,7 +121,7 @@ def test_limits_read_metrics_slots_tags_and_the_proven_gain() -> None:
         ]
     )
     assert failures(found, limits) == ["x: valid is 0.9000, under 0.95"]
-    assert failures(found, parse_limits(["gain=0.95"]))[0].startswith("x: gain is 0.7")
+    assert failures(found, parse_limits(["gain=0.95"]))[0].startswith("x: gain is 0.8")
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_model_itself(folder: Path, tmp_path: Path) -> N
     (result, _) = report_of(folder, tmp_path)
     settings = told(folder)
     daemon = Daemon.build(settings)
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).requires_grad_(False)
     nats, count = 0.0, 0
     for one in read_rows(folder / "adapters" / "one" / "heldout.jsonl"):
         answer = [*daemon.renderer.encode_answer(one.answer), daemon.renderer.stop_token_id]
@@ -120,7 +120,7 @@ def test_losses_are_those_of_the_model_itself(folder: Path, tmp_path: Path) -> N
 
 
 def test_agreement_over_seeds_is_a_share_of_pairs(folder: Path, tmp_path: Path) -> None:
-    (cold,) = report_of(folder, tmp_path, adapter=("one",), samples=3, temperature=0.01)
+    (cold,) = report_of(folder, tmp_path, adapter=("one",), samples=3, temperature=1e-5)
     (hot,) = report_of(folder, tmp_path, adapter=("one",), samples=3, temperature=5.0)
     assert cold["arms"]["base"]["scores"]["consistency"]["value"] > 0.9
     assert hot["arms"]["base"]["scores"]["consistency"]["value"] == 0
@@ -176,8 +176,8 @@ def test_a_single_adapter_folder_may_be_given(folder: Path) -> None:
 def test_examples_that_do_not_fit_the_context_are_left_out_and_said(folder: Path, tmp_path: Path) -> None:
     long = write_rows(tmp_path / "long.jsonl", [row("parcel " * 60, "A: 1\nB: 2"), row("Hi", "A: 2\nB: 2")])
     (result,) = report_of(folder, tmp_path, adapter=("one",), train=long, max_model_len=128)
-    assert len(result["arms"]["shots"]["shots"]) < 2 or "shots" not in result["arms"]
-    assert any("examples fit the base's context" in note for note in result["notes"])
+    assert len(result["arms"].get("shots", {"shots": []})["shots"]) < 2
+    assert any("of 2 examples fit the base's context" in note for note in result["notes"])
 
 
 def test_heldout_prompts_that_were_trained_on_are_told(folder: Path, tmp_path: Path) -> None:

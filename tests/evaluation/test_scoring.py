@@ -133,7 +133,7 @@ def test_a_set_may_mix_fields_and_text() -> None:
 
 
 def test_a_given_form_says_what_is_valid_and_what_the_slots_are() -> None:
-    form = (r"(?P<who>\w+) reports (?P<what>[a-z ]+)(?: for (?P<time>\w+))?\.", r"Not a note\.")
+    form = (r"(?P<who>\w+) reports (?P<what>[a-z ]+?)(?: for (?P<time>\w+))?\.", r"Not a note\.")
     asked = "She reports a cough for days."
     scores = scored(
         [
