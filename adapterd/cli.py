@@ -30,6 +30,7 @@ from adapterd.lora_modules import LoraModule
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
+EXIT_GATE = 3  # a --fail-under limit was missed
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -122,10 +123,13 @@ def train(flags: dict[str, Any]) -> int:
 def evaluate(flags: dict[str, Any]) -> int:
     settings = _settings(EvalSettings, flags)
 
-    from adapterd.evaluation import evaluate
+    from adapterd.evaluation.run import evaluate
 
-    print(evaluate(settings))
-    return 0
+    report, missed = evaluate(settings)
+    print(report)
+    for line in missed:
+        print(f"adapterd: {line}", file=sys.stderr)
+    return EXIT_GATE if missed else 0
 
 
 def pull(flags: dict[str, Any]) -> int:
@@ -192,7 +196,11 @@ def build_parser() -> argparse.ArgumentParser:
     for settings, run, summary in (
         (ServeSettings, serve, "serve a base and its adapters under the OpenAI API"),
         (TrainSettings, train, "train an adapter from rows of chat messages"),
-        (EvalSettings, evaluate, "measure adapters against the bare base on held-out rows"),
+        (
+            EvalSettings,
+            evaluate,
+            "measure adapters against the base, bare and well prompted, on held-out rows",
+        ),
         (PullSettings, pull, "fetch adapters into a directory that a daemon watches"),
         (CheckSettings, check, "say what is wrong with rows before anybody trains on them"),
     ):

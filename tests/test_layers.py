@@ -30,7 +30,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs", "model"),
     ("engine",),
     ("daemon",),
-    ("scoring",),
     ("server", "training", "evaluation"),
     ("cli",),
     ("__main__",),

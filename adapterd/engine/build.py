@@ -79,6 +79,7 @@ class Finished:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
 
 
 def build_engine(
@@ -150,4 +151,5 @@ def _join(outputs: Sequence[Output]) -> Finished:
         text="".join(output.text for output in outputs),
         finish_reason=reason,
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

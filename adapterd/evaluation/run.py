@@ -1,0 +1,262 @@
+"""`adapterd eval`: the base, the base with a better prompt, the adapter and any peers over the same held-out rows.
+
+The local arms run on the engine that serves, one arm at a time so that each one's time is its own.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from adapterd.composition import ResolvedModel
+from adapterd.config import EvalSettings, flag
+from adapterd.daemon import Daemon
+from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
+from adapterd.evaluation.arms import Arm, Prompting, choose_shots, prompted_arms
+from adapterd.evaluation.ask import Asker
+from adapterd.evaluation.compare import ArmResult
+from adapterd.evaluation.gate import failures, parse_limits
+from adapterd.evaluation.html import as_html
+from adapterd.evaluation.remote import Endpoint, Judge, ask_peer
+from adapterd.evaluation.report import CARD_FILE, as_json, as_markdown, card_block, write_card
+from adapterd.evaluation.result import Result, put_together
+from adapterd.evaluation.scoring import score
+from adapterd.evaluation.task import EvalTask, read_general, read_task
+from adapterd.registry import AdapterEntry
+from adapterd.training.data import Row
+
+_logger = logging.getLogger(__name__)
+
+_LOAD_TIMEOUT_SECONDS = 600.0
+_ROWS_MEASURED = 16
+_ROWS_SAMPLED = 100
+"""Rows whose agreement over seeds is measured: enough for a share, and each costs several answers."""
+
+
+def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
+    """Evaluate every adapter asked for: the report as Markdown, and a line for each missed `--fail-under`.
+
+    Writes the files that are asked for. Raises ConfigError, ModelNotFound, AdapterRefused, InvalidRequest for
+    bad rows, and Unavailable if a peer or the judge does not answer.
+    """
+    if not settings.adapters:
+        raise ConfigError(
+            "no adapters to evaluate; name their folders, as in adapterd eval adapters/support",
+            param="adapters",
+        )
+    limits = parse_limits(settings.fail_under)
+    general = read_general(settings.general)
+    peers = _peers(settings)
+    judge = _judge(settings)
+    daemon = Daemon.build(settings)
+    daemon.registry.start()
+    try:
+        daemon.registry.wait_loaded(_LOAD_TIMEOUT_SECONDS)
+        entries = _chosen(daemon.registry.list(), settings.adapter)
+        tasks = [read_task(entry.path, settings) for entry in entries]
+        results = [
+            evaluate_adapter(daemon, entry, task, settings, general=general, peers=peers, judge=judge)
+            for entry, task in zip(entries, tasks, strict=True)
+        ]
+    finally:
+        daemon.registry.stop()
+    report = as_markdown(results)
+    _write(settings.json_out, as_json(results))
+    _write(settings.markdown_out, report)
+    _write(settings.html_out, as_html(results))
+    if settings.write_card:
+        for entry, result in zip(entries, results, strict=True):
+            write_card(entry.path / CARD_FILE, card_block(result))
+    return report, [line for result in results for line in failures(result, limits)]
+
+
+def evaluate_adapter(
+    daemon: Daemon,
+    entry: AdapterEntry,
+    task: EvalTask,
+    settings: EvalSettings,
+    *,
+    general: Sequence[str] = (),
+    peers: Sequence[Endpoint] = (),
+    judge: Judge | None = None,
+) -> Result:
+    """Ask every arm every row, and compare. Raises InvalidRequest for rows that do not fit the context."""
+    asker = Asker(daemon, max_tokens=task.max_tokens, max_at_once=settings.max_queue)
+    base = daemon.registry.resolve(daemon.spec.name)
+    adapted = daemon.registry.resolve_waiting(f"{daemon.spec.name}:{entry.name}", _LOAD_TIMEOUT_SECONDS)
+    shots = choose_shots(task.train, task.task, number=task.num_shots, apart_from=task.rows)
+
+    longest = _longest_rows(asker, task, base)
+
+    def fits(prompting: Prompting) -> bool:
+        chats = [prompting.messages(row) for row in longest]
+        return all(asker.fits(prompt) for prompt in asker.render(chats, base))
+
+    prompted, notes = prompted_arms(base, system=task.system, shots=shots, fit=fits)
+    arms = [
+        Arm("base", base.model, "base", Prompting(), base),
+        *prompted,
+        Arm("adapter", adapted.model, "adapter", Prompting(), adapted),
+    ]
+    if task.num_leaked:
+        notes.append(
+            f"{task.num_leaked} of the {len(task.rows)} held-out prompts are also training prompts. The adapter's"
+            " result on them proves nothing: keep them apart (adapterd check --against)."
+        )
+    lease = daemon.registry.lease(adapted.mix)
+    try:
+        results = [_local(asker, arm, task, settings, general) for arm in arms]
+    finally:
+        lease.release()
+    # The peer gets all the help that prompting can give.
+    helped = Prompting(task.system, tuple(shots))
+    for endpoint in peers:
+        results.append(_peer(endpoint, helped, task, settings))
+    if judge is not None:
+        results = [_judged(judge, result) for result in results]
+        notes += _judge_notes(judge, results)
+    return put_together(
+        name=entry.name,
+        digest=adapted.digest,
+        base_name=daemon.spec.name,
+        data=task.data.name,
+        metric=task.metric,
+        lines=[row.line for row in task.rows],
+        arms=results,
+        notes=notes,
+    )
+
+
+def _longest_rows(asker: Asker, task: EvalTask, base: ResolvedModel) -> list[Row]:
+    """The rows by which one tells whether a longer prompt fits. InvalidRequest if one leaves no room as it is."""
+    prompts = asker.render([Prompting().messages(row) for row in task.rows], base)
+    by_length = sorted(zip(prompts, task.rows, strict=True), key=lambda pair: -len(pair[0]))
+    full = [row.line for prompt, row in by_length if len(prompt) >= asker.max_model_len]
+    if full:
+        raise InvalidRequest(
+            f"{task.data}: the prompts of lines {', '.join(map(str, sorted(full)[:20]))} leave no room for an answer"
+            f" in the context of {asker.max_model_len} tokens",
+            param="data",
+        )
+    return [row for _, row in by_length[:_ROWS_MEASURED]]
+
+
+def _local(
+    asker: Asker, arm: Arm, task: EvalTask, settings: EvalSettings, general: Sequence[str]
+) -> ArmResult:
+    model = arm.model
+    assert model is not None, "a local arm has a model"
+    _logger.info("asking %s: %d rows", arm.title, len(task.rows))
+    prompts = asker.render([arm.prompting.messages(row) for row in task.rows], model)
+    answers, cost = asker.answers(task.rows, prompts, model, price_per_hour=settings.price_per_hour)
+    scores = score(task.task, answers)
+    if settings.samples > 1:
+        scores = scores.with_values("consistency", _agreement(asker, prompts, model, settings))
+    return ArmResult(
+        arm=arm,
+        answers=tuple(answers),
+        scores=scores,
+        cost=cost,
+        # A prompt takes no part in general text: there the prompted base is the base. And scoring long prompts token
+        # by token would cost more than all the answers.
+        losses=None if arm.kind == "prompted" else tuple(asker.answer_losses(task.rows, prompts, model)),
+        general=None if arm.kind == "prompted" else tuple(asker.text_losses(general, model)),
+    )
+
+
+def _agreement(
+    asker: Asker, prompts: Sequence[list[int]], model: ResolvedModel, settings: EvalSettings
+) -> list[float | None]:
+    """Of some rows, evenly spread; None of the others."""
+    picked = range(0, len(prompts), -(-len(prompts) // _ROWS_SAMPLED))
+    some = [prompts[row] for row in picked]
+    shares = asker.agreement(some, model, samples=settings.samples, temperature=settings.temperature)
+    found = dict(zip(picked, shares, strict=True))
+    return [found.get(row) for row in range(len(prompts))]
+
+
+def _peer(endpoint: Endpoint, prompting: Prompting, task: EvalTask, settings: EvalSettings) -> ArmResult:
+    _logger.info("asking %s at %s: %d rows", endpoint.model, endpoint.url, len(task.rows))
+    answers, cost = ask_peer(
+        endpoint,
+        task.rows,
+        [prompting.messages(row) for row in task.rows],
+        max_tokens=task.max_tokens,
+        price_in=settings.peer_price_in,
+        price_out=settings.peer_price_out,
+    )
+    return ArmResult(
+        arm=Arm(f"peer:{endpoint.model}", endpoint.model, "peer", prompting, None),
+        answers=tuple(answers),
+        scores=score(task.task, answers),
+        cost=cost,
+        losses=None,
+        general=None,
+    )
+
+
+def _judged(judge: Judge, result: ArmResult) -> ArmResult:
+    _logger.info("%s grades %s", judge.endpoint.model, result.arm.title)
+    return replace(result, scores=result.scores.with_values("judge", judge.grade(result.answers)))
+
+
+def _judge_notes(judge: Judge, results: Sequence[ArmResult]) -> list[str]:
+    ungraded = sum(value is None for result in results for value in result.scores.values.get("judge", ()))
+    asked = sum(len(result.answers) for result in results)
+    note = f"The judge is `{judge.endpoint.model}`; a judge errs too, so read some of its grades."
+    return [note if not ungraded else f"{note} It gave no grade to {ungraded} of {asked} answers."]
+
+
+def _peers(settings: EvalSettings) -> list[Endpoint]:
+    if (settings.peer_url is None) != (not settings.peer_model):
+        raise ConfigError("--peer-url and --peer-model belong together; give both or none", param="peer_url")
+    if settings.peer_url is None:
+        for name in ("peer_key_env", "peer_price_in", "peer_price_out"):
+            _refuse_without(settings, name, "--peer-url")
+        return []
+    return [Endpoint(settings.peer_url, model, settings.peer_key_env) for model in settings.peer_model]
+
+
+def _judge(settings: EvalSettings) -> Judge | None:
+    if (settings.judge_url is None) != (settings.judge_model is None):
+        raise ConfigError(
+            "--judge-url and --judge-model belong together; give both or none", param="judge_url"
+        )
+    if settings.judge_url is None or settings.judge_model is None:
+        _refuse_without(settings, "judge_key_env", "--judge-url")
+        return None
+    return Judge(Endpoint(settings.judge_url, settings.judge_model, settings.judge_key_env))
+
+
+def _refuse_without(settings: EvalSettings, name: str, needed: str) -> None:
+    if getattr(settings, name) is not None:
+        raise ConfigError(f"{flag(name)} means nothing without {needed}", param=name)
+
+
+def _chosen(entries: Sequence[AdapterEntry], names: Sequence[str]) -> list[AdapterEntry]:
+    known = {entry.name: entry for entry in entries}
+    for name in names:
+        if name not in known:
+            raise ModelNotFound(
+                f"no adapter {name!r} in the adapter directories; there are {', '.join(known) or 'none'}"
+            )
+    chosen = [known[name] for name in names] if names else list(entries)
+    if not chosen:
+        raise ConfigError(
+            "the adapter directories hold no adapter (no adapter_config.json in any)", param="adapters"
+        )
+    for entry in chosen:
+        if entry.id is None:
+            raise AdapterRefused(entry.error or f"adapter {entry.name!r} did not load in time")
+    return chosen
+
+
+def _write(path: Path | None, text: str) -> None:
+    """Raises ConfigError for a place that cannot be written: the answers took time, so it names what was lost."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

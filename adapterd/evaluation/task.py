@@ -1,0 +1,120 @@
+"""What an adapter is measured on: its folder's rows and eval.toml, and what the command line says instead."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from adapterd.config import EvalSettings, TaskSettings, load_settings
+from adapterd.errors import ConfigError, InvalidRequest
+from adapterd.evaluation.formats import read_format
+from adapterd.evaluation.scoring import TITLES, Task
+from adapterd.training.data import Row, fold, read_rows
+
+TASK_FILE = "eval.toml"
+HELDOUT_FILE, TRAIN_FILE = "heldout.jsonl", "train.jsonl"
+GENERAL_FILE = "general.txt"
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Rows to ask, rows to take examples from, and what a good answer is."""
+
+    data: Path
+    rows: tuple[Row, ...]
+    train: tuple[Row, ...]
+    system: str | None
+    num_shots: int
+    task: Task
+    metric: str
+    max_tokens: int
+    num_leaked: int
+    """Held-out rows whose prompt is also trained on: their answers prove nothing."""
+
+
+def read_task(folder: Path, settings: EvalSettings) -> EvalTask:
+    """The task of the adapter in `folder`. A flag, variable or --config key that was given wins over its eval.toml.
+
+    Raises ConfigError, and InvalidRequest for bad rows.
+    """
+    given = {
+        name: getattr(settings, name)
+        for name in settings.model_fields_set
+        if name in TaskSettings.model_fields
+    }
+    own = folder / TASK_FILE
+    wanted = load_settings(TaskSettings, given, {}, own if own.is_file() else None)
+    data = wanted.data if wanted.data is not None else folder / HELDOUT_FILE
+    rows = read_rows(data)[: settings.limit]
+    train: Sequence[Row] = ()
+    if wanted.train is not None:
+        train = read_rows(wanted.train)
+    elif (folder / TRAIN_FILE).is_file():
+        train = read_rows(folder / TRAIN_FILE)
+    form = read_format(wanted.format_regex, wanted.json_schema)
+    if form is not None:
+        for row in rows:
+            if not form.is_valid(row.answer):
+                raise InvalidRequest(
+                    f"{data}:{row.line}: the reference answer {row.answer[:80]!r} is itself not valid by"
+                    f" {form.describe}",
+                    param="format_regex",
+                )
+    task = Task.of([row.answer for row in rows], form)
+    trained = {fold(row) for row in train}
+    return EvalTask(
+        data=data,
+        rows=tuple(rows),
+        train=tuple(train),
+        system=_system_prompt(wanted),
+        num_shots=wanted.shots,
+        task=task,
+        metric=_metric(wanted.metric, task),
+        max_tokens=wanted.max_tokens,
+        num_leaked=sum(fold(row) in trained for row in rows),
+    )
+
+
+def read_general(path: Path | None) -> list[str]:
+    """The texts on which a specialist should not get worse: paragraphs of `path`, or those that are shipped.
+
+    Raises ConfigError for a file that cannot be read or is empty.
+    """
+    try:
+        data = (
+            files("adapterd.evaluation").joinpath(GENERAL_FILE).read_bytes()
+            if path is None
+            else path.read_bytes()
+        )
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", param="general") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}", param="general") from None
+    texts = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+    if not texts:
+        raise ConfigError(f"{path} holds no text", param="general")
+    return texts
+
+
+def _system_prompt(settings: TaskSettings) -> str | None:
+    if settings.system_prompt_file is None:
+        return settings.system_prompt
+    if settings.system_prompt is not None:
+        raise ConfigError(
+            "--system-prompt and --system-prompt-file are both given; give one", param="system_prompt"
+        )
+    try:
+        return settings.system_prompt_file.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read {settings.system_prompt_file}: {error}", param="system_prompt_file"
+        ) from None
+
+
+def _metric(name: str | None, task: Task) -> str:
+    if name is None:
+        return task.deciding_metric
+    if name not in TITLES:
+        raise ConfigError(f"--metric: {name!r} is none of {', '.join(TITLES)}", param="metric")
+    return name
