@@ -42,6 +42,8 @@ class Sizes:
     adapter_memory: int
     kv_memory: int | None = None
     max_queue: int = 1024
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
 
 
 class Rooms:

@@ -28,6 +28,8 @@ class OfflineSettings:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     max_queue: int = 1024
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
     host_memory: int | None = None
     kernels: KernelName = "auto"
     quantization: QuantizationName = "none"
