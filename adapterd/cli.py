@@ -152,7 +152,8 @@ def pull(flags: dict[str, Any]) -> int:
         return 0
     pulled = puller.pull()
     report(pulled)
-    return EXIT_ERROR if any(one.error for one in pulled) else 0
+    has_failed = any(one.error for one in pulled) and not settings.tolerate_errors
+    return EXIT_ERROR if has_failed else 0
 
 
 def check(flags: dict[str, Any]) -> int:

@@ -306,6 +306,10 @@ class PullSettings(Settings):
         None, description="adapters.yaml: pull what it names, withdraw what it does not"
     )
     watch: bool = Field(False, description="stay, and pull again what has changed")
+    tolerate_errors: bool = Field(
+        False,
+        description="exit with 0 although some could not be pulled: whoever waits for this need not fail",
+    )
     interval: float = Field(30.0, ge=0.1, description="seconds between two looks with --watch")
     keep: int = Field(3, ge=1, description="versions of each adapter that stay on disk")
     allow_source: Patterns = Field(

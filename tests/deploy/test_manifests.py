@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from adapterd.config import ServeSettings
+from adapterd.manifest import read_manifest
 from deploy.check.__main__ import findings, main
 from deploy.check.lint import RULES
-from deploy.check.manifests import Manifests, Object, kustomizations, parse, render_parts
-from deploy.check.pod_rules import drain_seconds, pre_stop_seconds
+from deploy.check.manifests import DEPLOY, Manifests, Object, kustomizations, parse, render_parts
+from deploy.check.pod_rules import REPOSITORY, SHARED_IN_IMAGE, drain_seconds, pre_stop_seconds
 from deploy.check.schemas import VERSIONS, schema_errors
 
 ALL = kustomizations()
@@ -29,8 +30,16 @@ def test_it_renders_and_nothing_is_found(rendered: dict[str, Manifests], name: s
 
 
 def test_the_issue_s_components_are_there() -> None:
-    wanted = "gpu adapters-pvc adapters-oci autoscaling/hpa autoscaling/keda monitoring network-policy inference-pool"
-    assert {f"components/{name}" for name in [*wanted.split(), "train-job"]} <= ALL.keys()
+    wanted = "gpu adapters-pvc adapters-oci adapters-sync autoscaling/hpa autoscaling/keda monitoring network-policy"
+    assert {f"components/{name}" for name in [*wanted.split(), "inference-pool", "train-job"]} <= ALL.keys()
+
+
+def test_the_declared_adapters_are_read_as_the_sidecar_reads_them() -> None:
+    manifest = read_manifest(DEPLOY / "components/adapters-sync/adapters.yaml")
+    assert manifest.adapters.keys() == {"support", "moderation", "medical"}
+    for name, adapter in manifest.adapters.items():
+        assert str(adapter.current.source) == f"{SHARED_IN_IMAGE}/adapters/{name}"
+        assert (REPOSITORY / "adapters" / name / "adapter_config.json").exists()
 
 
 def test_grace_outlasts_the_drain_on_what_is_rendered(rendered: dict[str, Manifests]) -> None:
@@ -154,7 +163,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("read_only_root", "components/train-job", put("Job", f"{FIRST}.volumeMounts.1.readOnly", True), "/tmp"),
     ("volumes", "base", put("Deployment", f"{FIRST}.volumeMounts.0.name", "typo"), "no volume 'typo'"),
     ("volumes", "base", put("Deployment", f"{FIRST}.volumeMounts", []), "mounted nowhere"),
-    ("volumes", "base", put("ConfigMap", "metadata.name", "other"), "no ConfigMap 'adapterd-adapters'"),
+    (
+        "volumes",
+        "components/adapters-sync",
+        put("ConfigMap", "metadata.name", "other"),
+        "no ConfigMap 'adapterd-manifest'",
+    ),
     (
         "volumes",
         "components/adapters-pvc",

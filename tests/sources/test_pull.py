@@ -168,6 +168,8 @@ def test_the_command_says_what_it_did(
     web.replies["/a/adapter_model.safetensors"] = Reply(status=500)
     assert main(["pull", source, f"b={web.url}/b#sha256={sha256(b'')}", *into]) == EXIT_ERROR
     output = capsys.readouterr()
+    assert main(["pull", f"b={web.url}/b#sha256={sha256(b'')}", *into, "--tolerate-errors"]) == 0
+    assert capsys.readouterr().err.startswith("adapterd: the source")
     assert output.out.split()[::2] == ["a", "unchanged"]
     assert output.err.startswith("adapterd: the source")
     assert main(["pull", *into]) == EXIT_USAGE
