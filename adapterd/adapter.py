@@ -16,11 +16,12 @@ from types import MappingProxyType
 
 import torch
 
-from adapterd.core import AdapterDigest, AdapterId, BaseSpec
+from adapterd.core import AdapterDigest, AdapterId, BaseMatch, BaseSpec
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.peft_config import PeftConfig, parse_json_object, parse_peft_config
 from adapterd.sidecars import Sidecars, read_sidecars
+from adapterd.sources.source import NO_HASHES, Hashes, lists_files
 from adapterd.tensor_file import TensorEntry, open_regular, read_tensors
 from adapterd.token_table import TokenizerIdentity
 
@@ -64,6 +65,7 @@ class Adapter:
     chat_template: str | None
     eos_token_ids: frozenset[int] | None
     generation_defaults: Mapping[str, float | int]
+    base_match: BaseMatch = "shapes"
 
 
 def read_adapter(
@@ -74,14 +76,16 @@ def read_adapter(
     tokenizer: TokenizerIdentity,
     base_fingerprint: str | None = None,
     root: Path | None = None,
+    hashes: Hashes = NO_HASHES,
 ) -> Adapter:
     """Read the PEFT directory at `directory` for the base `spec`; raises AdapterRefused.
 
     Symbolic links are followed first and must end below `root` (the directory itself, if none is given).
     Each file is read once and hashed, and what was hashed is what is used. `base_fingerprint` is compared
-    with the one an adapterd.json holds, if both are there.
+    with the one an adapterd.json holds, if both are there. `hashes` are those that somebody declared; if they
+    are more than the weights', no other file may be there.
     """
-    files = _Files(directory, root=root, adapter=name)
+    files = _Files(directory, root=root, adapter=name, hashes=hashes)
     files.refuse_pickles()
     config_bytes = files.read(CONFIG_FILE)
     if config_bytes is None:
@@ -93,8 +97,9 @@ def read_adapter(
     tensors, weights_digest = read_tensors(
         weights_path, adapter=name, check=lambda entries: _check_entries(entries, config, spec, name)
     )
+    files.check(WEIGHTS_FILE, weights_digest)
     digests = {CONFIG_FILE: hashlib.sha256(config_bytes).hexdigest(), WEIGHTS_FILE: weights_digest}
-    _check_seal(files.read(SEAL_FILE), digests, base_fingerprint, spec, name)
+    base_match = _check_seal(files.read(SEAL_FILE), digests, base_fingerprint, spec, name)
     modules = _pair(tensors, config)
     _check_values(modules, spec, name)
     sidecars = read_sidecars(files.read, spec=spec, tokenizer=tokenizer, adapter=name)
@@ -110,14 +115,16 @@ def read_adapter(
         chat_template=sidecars.chat_template,
         eos_token_ids=sidecars.eos_token_ids,
         generation_defaults=MappingProxyType(dict(sidecars.generation_defaults)),
+        base_match=base_match,
     )
 
 
 class _Files:
     """The files of one adapter directory, each opened only after its path is known to lie below the root."""
 
-    def __init__(self, directory: Path, *, root: Path | None, adapter: str) -> None:
+    def __init__(self, directory: Path, *, root: Path | None, adapter: str, hashes: Hashes) -> None:
         self._adapter = adapter
+        self._hashes = hashes
         try:
             self._directory = directory.resolve(strict=True)
             self._root = self._directory if root is None else root.resolve(strict=True)
@@ -132,6 +139,10 @@ class _Files:
         file = self._directory / name
         if not os.path.lexists(file):
             return None
+        if lists_files(self._hashes) and name not in self._hashes:
+            raise AdapterRefused(
+                f"adapter {self._adapter!r}: {name} is there, and it is not among the files whose sha256 was declared"
+            )
         try:
             resolved = file.resolve(strict=True)
         except (OSError, RuntimeError) as error:
@@ -149,7 +160,16 @@ class _Files:
             data: bytes = file.read(limit + 1)
         if len(data) > limit:
             raise AdapterRefused(f"adapter {self._adapter!r}: {name} has more than the {limit} bytes allowed")
+        self.check(name, hashlib.sha256(data).hexdigest() if name in self._hashes else "")
         return data
+
+    def check(self, name: str, digest: str) -> None:
+        """Raise AdapterRefused if another digest was declared for the bytes of a file."""
+        if self._hashes.get(name, digest) != digest:
+            raise AdapterRefused(
+                f"adapter {self._adapter!r}: {name} has sha256 {digest}, and {self._hashes[name]} was declared",
+                code="sha256_mismatch",
+            )
 
     def refuse_pickles(self) -> None:
         for name, reason in (
@@ -273,10 +293,10 @@ def _check_values(modules: Sequence[LoraMatrices], spec: BaseSpec, adapter: str)
 
 def _check_seal(
     data: bytes | None, digests: Mapping[str, str], base_fingerprint: str | None, spec: BaseSpec, adapter: str
-) -> None:
+) -> BaseMatch:
     """Compare with adapterd.json, which training writes: the base it is for and what its files hash to."""
     if data is None:
-        return
+        return "shapes"
     seal = parse_json_object(data, file=SEAL_FILE, adapter=adapter)
     files = seal.get("files")
     if not isinstance(files, dict):
@@ -293,6 +313,7 @@ def _check_seal(
             f"adapter {adapter!r} was trained on base {seal.get('base_name')!r} with fingerprint {recorded},"
             f" and {spec.name!r} has {base_fingerprint}. Train it again on this base, or serve that one"
         )
+    return "shapes" if recorded is None or base_fingerprint is None else "fingerprint"
 
 
 def _digest(modules: Sequence[LoraMatrices], sidecars: Sidecars) -> AdapterDigest:

@@ -5,6 +5,7 @@ read or waited for here but the database's own write.
 """
 
 import threading
+import time
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,9 +33,21 @@ class HostMemory:
     num_changes: int
 
 
+@dataclass(frozen=True)
+class VersionUse:
+    """One version now: its bytes in host memory, leases on it, whether some name means it, and what it has done
+    since the start (`last_used` is Unix time)."""
+
+    host_bytes: int
+    num_leases: int
+    is_wanted: bool
+    num_requests: int
+    last_used: float | None
+
+
 class Catalog:
     """Every method may be called from any thread. `on_drop` hears, outside the lock, of each version that no
-    name means any more and nobody holds."""
+    name means any more and nobody holds; `on_pins` is called there when other versions are pinned than before."""
 
     def __init__(
         self,
@@ -42,10 +55,12 @@ class Catalog:
         *,
         host_bytes: int | None,
         on_drop: Callable[[AdapterId], None],
+        on_pins: Callable[[], None] = lambda: None,
         events: AdapterEvents | None = None,
     ) -> None:
         self._database = database
         self._on_drop = on_drop
+        self._on_pins = on_pins
         self._changed = threading.Condition()  # guards all below
         self._names: dict[str, NameRecord] = {}
         self._host = HostVersions(host_bytes, events=events)
@@ -53,7 +68,8 @@ class Catalog:
         self._sizes: list[int] = []  # of the current versions, sorted
         self._num_puts = 0
         self._num_wanted: Counter[AdapterId] = Counter()
-        self._pinned_names: set[str] = set()
+        self._pinned_ids: dict[str, AdapterId] = {}  # what each pinned name means
+        self._uses: dict[AdapterId, tuple[int, float]] = {}  # requests and when the last one began
 
     # Names
 
@@ -90,18 +106,27 @@ class Catalog:
             self._database.save(record)
         with self._changed:
             before = self._names.get(record.name, NameRecord(record.name))
+            pinned_before = self._host.pinned
             self._names[record.name] = record
             if adapter is not None:
                 self._host.add(adapter)
             dropped = self._account(before, record)
+            has_pinned = self._host.pinned != pinned_before
             self._changed.notify_all()
         self._tell(dropped)
+        if has_pinned:
+            self._on_pins()
 
     def wait_for_names(self, holds: Callable[[tuple[NameRecord, ...]], bool], timeout: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: holds(tuple(self._names.values())), timeout)
 
     # Weights
+
+    def pinned(self) -> frozenset[AdapterId]:
+        """The versions that pinned names mean now."""
+        with self._changed:
+            return self._host.pinned
 
     def in_memory(self, adapter_id: AdapterId) -> Adapter | None:
         """A version's weights, now the last used."""
@@ -130,6 +155,8 @@ class Catalog:
                 for adapter_id, _ in mix:
                     self._host.hold(adapter_id)
                     held.append(adapter_id)
+                for adapter_id in held:
+                    self._uses[adapter_id] = self._uses.get(adapter_id, (0, 0.0))[0] + 1, time.time()
         except Unavailable:
             self._release(held)
             raise
@@ -139,6 +166,17 @@ class Catalog:
         """Wait until no lease holds a version, at most `timeout` seconds; whether that came about."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._host.is_held(adapter_id), timeout)
+
+    def use_of(self, adapter_id: AdapterId) -> VersionUse:
+        with self._changed:
+            num_requests, last_used = self._uses.get(adapter_id, (0, None))
+            return VersionUse(
+                host_bytes=self._host.bytes_of(adapter_id),
+                num_leases=self._host.num_holders(adapter_id),
+                is_wanted=adapter_id in self._num_wanted,
+                num_requests=num_requests,
+                last_used=last_used,
+            )
 
     def host_memory(self) -> HostMemory:
         with self._changed:
@@ -190,6 +228,7 @@ class Catalog:
         for adapter_id in forgotten:
             if adapter_id not in self._num_wanted:
                 self._host.discard(adapter_id)
+                self._uses.pop(adapter_id, None)
         return [adapter_id for adapter_id in unwanted if not self._host.is_held(adapter_id)]
 
     def _note_meanings(self, before: NameRecord, after: NameRecord) -> None:
@@ -206,12 +245,11 @@ class Catalog:
             insort(self._sizes, after.current_version.num_bytes)
 
     def _pin(self, record: NameRecord) -> None:
-        if record.is_pinned:
-            self._pinned_names.add(record.name)
+        if record.is_pinned and record.current_version is not None:
+            self._pinned_ids[record.name] = record.current_version.id
         else:
-            self._pinned_names.discard(record.name)
-        versions = [self._names[name].current_version for name in self._pinned_names]
-        self._host.pin(version.id for version in versions if version is not None)
+            self._pinned_ids.pop(record.name, None)
+        self._host.pin(self._pinned_ids.values())
 
     # Called without it
 

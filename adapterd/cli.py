@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 import adapterd
 from adapterd.config import (
+    AdaptersSettings,
     Bytes,
     CheckSettings,
     EvalSettings,
@@ -81,7 +82,11 @@ def serve(flags: dict[str, Any]) -> int:
     from adapterd.server.state import ServerState
 
     daemon = Daemon.build(
-        settings, state=settings.state, modules=modules, spellings=settings.router_spellings
+        settings,
+        state=settings.state,
+        sources=settings,
+        modules=modules,
+        spellings=settings.router_spellings,
     )
     state = ServerState(
         daemon,
@@ -146,9 +151,9 @@ def pull(flags: dict[str, Any]) -> int:
 
     puller = Puller(settings)
     if settings.watch:
-        stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-        puller.watch(stop, report)
+        # Wherever it is then: what is half done is removed on the way out.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        puller.watch(threading.Event(), report)
         return 0
     pulled = puller.pull()
     report(pulled)
@@ -175,6 +180,17 @@ def _leave_torch_out() -> None:
     if "torch" not in sys.modules and "transformers" not in sys.modules:
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
         sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def adapters(flags: dict[str, Any]) -> int:
+    call, show = flags.pop("call"), flags.pop("show")
+    given = {key: flags.pop(key) for key in (*AdaptersSettings.model_fields, "config") if key in flags}
+    settings = _settings(AdaptersSettings, given)
+
+    from adapterd.adapter_commands import run
+
+    print(run(settings, call, show, flags))
+    return 0
 
 
 def version(flags: dict[str, Any]) -> int:
@@ -224,8 +240,26 @@ def build_parser() -> argparse.ArgumentParser:
         ):  # what all commands share comes last
             is_positional = field == settings.positional
             _add_argument(command, field, settings.model_fields[field], is_positional=is_positional)
+    _add_adapters(commands)
     commands.add_parser("version", help="print the version").set_defaults(run=version)
     return parser
+
+
+def _add_adapters(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`adapterd adapters ACTION`, whose flags every action takes as well."""
+    from adapterd.adapter_commands import add_commands
+
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")
+    for field, info in AdaptersSettings.model_fields.items():
+        if not info.exclude:  # a key on a command line would be seen by everyone on the machine
+            _add_argument(common, field, info, is_positional=False)
+    summary = "see and change the adapters of a running daemon"
+    parser = commands.add_parser(
+        "adapters", parents=[common], help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    parser.set_defaults(run=adapters)
+    add_commands(parser, common)
 
 
 def _add_argument(

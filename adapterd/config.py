@@ -169,6 +169,25 @@ class ServeSettings(EngineSettings):
         None,
         description="directory where versions, aliases and pins are kept over a restart (default: nowhere)",
     )
+    manifest: Path | None = Field(
+        None, description="adapters.yaml: these names, from these sources; followed when it changes"
+    )
+    allow_source: Patterns = Field(
+        (),
+        description="where adapters may come from besides --adapters: hf://my-org/*, s3://bucket/*,"
+        " https://host/*, /mnt/models",
+    )
+    resolve: Patterns = Field(
+        (), description="where to look for an adapter that is asked for and unknown, as in hf://my-org/*"
+    )
+    cache: Path | None = Field(
+        None,
+        description="directory for downloads (default: ~/.cache/adapterd, used only if something is downloaded)",
+    )
+    cache_size: Bytes = Field(
+        16 * 2**30, description="disk for downloads, as in 16GiB; the longest unused leaves (default: 16GiB)"
+    )
+    download_timeout: float = Field(600.0, gt=0, description="seconds that one download may take")
     allow_runtime_adapters: bool = Field(
         False, description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter"
     )
@@ -347,12 +366,23 @@ class CheckSettings(Settings):
     json_: bool = Field(False, description="print the report as JSON")
 
 
+class AdaptersSettings(Settings):
+    command: ClassVar[str] = "adapters"
+
+    url: str = Field("http://127.0.0.1:8000", min_length=1, description="address of the daemon")
+    api_key: str | None = Field(None, exclude=True, description="key to send; a variable only, never a flag")
+    api_key_file: Path | None = Field(None, description="file of keys, of which the first is sent")
+    timeout: float = Field(600.0, gt=0, description="seconds to wait for an answer")
+    json_: bool = Field(False, description="print the daemon's answer as JSON")
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     ServeSettings,
     TrainSettings,
     EvalSettings,
     CheckSettings,
     PullSettings,
+    AdaptersSettings,
 )
 
 S = TypeVar("S", bound=Settings)

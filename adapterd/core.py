@@ -12,6 +12,9 @@ from typing import Literal, NewType, Protocol
 RequestId = NewType("RequestId", str)
 AdapterDigest = NewType("AdapterDigest", str)
 
+BaseMatch = Literal["fingerprint", "shapes"]
+"""How an adapter is known to be for a base: it carries the base's fingerprint, or its tensors alone fit."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 

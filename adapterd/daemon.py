@@ -1,5 +1,6 @@
 """Everything that serves, assembled in one process: what `serve`, `eval` and the tests stand on. No HTTP."""
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fit
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
 from adapterd.errors import AdapterRefused, BaseRefused
+from adapterd.first_use import allowed_by
 from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
 from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
@@ -23,6 +25,9 @@ from adapterd.model.runner import DEFAULT_LORA_RANK, Runner
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
 from adapterd.residency import Spelling
+from adapterd.sources.allow import AllowList
+from adapterd.sources.cache import SourceCache
+from adapterd.sources.download import Downloader
 from adapterd.token_table import TokenTable
 
 _HOST_BYTES = 4
@@ -54,6 +59,23 @@ class DaemonSettings(EngineSizes, Protocol):
     def max_cpu_loras(self) -> int | None: ...
 
 
+class SourceSettings(Protocol):
+    """Where adapters may come from besides the watched directories; `config.ServeSettings` is the real thing."""
+
+    @property
+    def manifest(self) -> Path | None: ...
+    @property
+    def allow_source(self) -> Sequence[str]: ...
+    @property
+    def resolve(self) -> Sequence[str]: ...
+    @property
+    def cache(self) -> Path | None: ...
+    @property
+    def cache_size(self) -> int: ...
+    @property
+    def download_timeout(self) -> float: ...
+
+
 class Daemon:
     """The parts, and the order in which they start and stop."""
 
@@ -77,14 +99,17 @@ class Daemon:
         settings: DaemonSettings,
         *,
         state: Path | None = None,
+        sources: SourceSettings | None = None,
         modules: LoraModules = NO_MODULES,
         spellings: Collection[Spelling] = ("prefixed", "bare"),
     ) -> "Daemon":
         """Load the base and open the registry, kept in the directory `state` if one is given.
 
-        `modules` are adapters beside those of the settings' directories. `spellings` are those under which
+        `modules` are adapters beside those of the settings' directories; without `sources` they come from nowhere
+        else. `spellings` are those under which
         routers hear of resident adapters. Raises BaseRefused or ConfigError.
         """
+        allow, cache = open_sources(sources)
         fingerprint = base_fingerprint(find_base(settings.base))
         database = Database(state, base_fingerprint=fingerprint)
         base = load_base(
@@ -123,6 +148,10 @@ class Daemon:
             host_bytes=host_bytes(settings, spec),
             named=modules.folders,
             events=metrics,
+            allow=allow,
+            cache=cache,
+            manifest=None if sources is None else sources.manifest,
+            resolve=() if sources is None else sources.resolve,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
         return cls(spec, renderer, registry, engine, metrics)
@@ -153,3 +182,20 @@ def _check(runner: Runner, adapter: Adapter, max_rank: int | None) -> None:
             " higher, or leave it out: adapterd needs none"
         )
     check_fits(runner, adapter)
+
+
+def open_sources(settings: SourceSettings | None) -> tuple[AllowList, SourceCache | None]:
+    """What may be read, and a cache if some of that has to be downloaded. Raises ConfigError."""
+    if settings is None:
+        return AllowList(), None
+    allow = AllowList((*settings.allow_source, *allowed_by(settings.resolve)))
+    if not allow.allows_remote:
+        return allow, None
+    downloader = Downloader(allow, timeout_seconds=settings.download_timeout, max_bytes=settings.cache_size)
+    directory = default_cache() if settings.cache is None else settings.cache
+    return allow, SourceCache(directory, downloader, max_bytes=settings.cache_size)
+
+
+def default_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "adapterd"

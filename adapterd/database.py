@@ -19,22 +19,33 @@ from adapterd.names import NameRecord, Owner, Version
 from adapterd.watch import Signature
 
 FILE = "registry.sqlite3"
-_FORMAT = 1
+_FORMAT = 2
 _TABLES = """
 CREATE TABLE base (fingerprint TEXT);
 CREATE TABLE name (
     name TEXT PRIMARY KEY, owner TEXT, path TEXT, root TEXT, signature TEXT, next_number INTEGER NOT NULL,
-    current INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL, loaded_at REAL, error TEXT
+    current INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL, loaded_at REAL, error TEXT,
+    source TEXT, sha256 TEXT, declared TEXT
 ) WITHOUT ROWID;
 CREATE TABLE version (
     name TEXT NOT NULL REFERENCES name ON DELETE CASCADE, number INTEGER NOT NULL, digest TEXT NOT NULL,
     path TEXT NOT NULL, num_bytes INTEGER NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
-    first_loaded_at REAL NOT NULL, PRIMARY KEY (name, number), UNIQUE (name, digest)
+    first_loaded_at REAL NOT NULL, source TEXT, base_model TEXT, base_match TEXT NOT NULL DEFAULT 'shapes',
+    PRIMARY KEY (name, number), UNIQUE (name, digest)
 ) WITHOUT ROWID;
 CREATE TABLE alias (
     name TEXT NOT NULL, alias TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, alias),
     FOREIGN KEY (name, number) REFERENCES version ON DELETE CASCADE
 ) WITHOUT ROWID;
+"""
+
+_FROM_FORMAT_1 = """
+ALTER TABLE name ADD COLUMN source TEXT;
+ALTER TABLE name ADD COLUMN sha256 TEXT;
+ALTER TABLE name ADD COLUMN declared TEXT;
+ALTER TABLE version ADD COLUMN source TEXT;
+ALTER TABLE version ADD COLUMN base_model TEXT;
+ALTER TABLE version ADD COLUMN base_match TEXT NOT NULL DEFAULT 'shapes';
 """
 
 
@@ -75,9 +86,13 @@ class Database:
                 num_bytes,
                 rank,
                 targets,
-                first_loaded_at,
+                first,
+                source,
+                model,
+                match,
             ) in self._connection.execute(
-                "SELECT name, number, digest, path, num_bytes, rank, targets, first_loaded_at FROM version"
+                "SELECT name, number, digest, path, num_bytes, rank, targets, first_loaded_at, source,"
+                " base_model, base_match FROM version"
             ):
                 versions.setdefault(name, {})[number] = Version(
                     number,
@@ -86,14 +101,17 @@ class Database:
                     num_bytes,
                     rank,
                     tuple(json.loads(targets)),
-                    first_loaded_at,
+                    first,
+                    source,
+                    model,
+                    "fingerprint" if match == "fingerprint" else "shapes",
                 )
             aliases: dict[str, dict[str, int]] = {}
             for name, alias, number in self._connection.execute("SELECT name, alias, number FROM alias"):
                 aliases.setdefault(name, {})[alias] = number
             rows = self._connection.execute(
                 "SELECT name, owner, path, root, signature, next_number, current, previous, is_pinned,"
-                " loaded_at, error FROM name"
+                " loaded_at, error, source, sha256, declared FROM name"
             )
             return [
                 NameRecord(
@@ -110,9 +128,12 @@ class Database:
                     is_pinned=bool(is_pinned),
                     loaded_at=loaded_at,
                     error=error,
+                    source=source,
+                    sha256=sha256,
+                    declared=declared,
                 )
                 for name, owner, path, root, signature, next_number, current, previous, is_pinned, *rest in rows
-                for loaded_at, error in [rest]
+                for loaded_at, error, source, sha256, declared in [rest]
             ]
 
     def save(self, record: NameRecord) -> None:
@@ -140,8 +161,10 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
         execute("PRAGMA foreign_keys = ON")
         (version,) = execute("PRAGMA user_version").fetchone()
-        if version not in (0, _FORMAT):
-            raise sqlite3.DatabaseError(f"its format is {version}, and this adapterd reads {_FORMAT}")
+        if version not in (0, 1, _FORMAT):
+            raise sqlite3.DatabaseError(f"its format is {version}, and this adapterd reads 1 to {_FORMAT}")
+        if version == 1:
+            self._connection.executescript(f"BEGIN;{_FROM_FORMAT_1}PRAGMA user_version = {_FORMAT};COMMIT;")
         if version == 0:
             self._connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {_FORMAT};COMMIT;")
         execute("BEGIN IMMEDIATE")
@@ -157,7 +180,7 @@ class Database:
         execute = self._connection.execute
         execute("DELETE FROM name WHERE name = ?", (record.name,))
         execute(
-            "INSERT INTO name VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO name VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.name,
                 record.owner,
@@ -170,10 +193,14 @@ class Database:
                 record.is_pinned,
                 record.loaded_at,
                 record.error,
+                record.source,
+                record.sha256,
+                record.declared,
             ),
         )
         self._connection.executemany(
-            "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?)", _version_rows(record.versions.values())
+            "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            _version_rows(record.versions.values()),
         )
         self._connection.executemany(
             "INSERT INTO alias VALUES (?, ?, ?)",
@@ -192,6 +219,9 @@ def _version_rows(versions: Iterable[Version]) -> list[tuple[object, ...]]:
             version.rank,
             json.dumps(version.targets),
             version.first_loaded_at,
+            version.source,
+            version.base_model,
+            version.base_match,
         )
         for version in versions
     ]

@@ -15,13 +15,14 @@ from types import MappingProxyType
 from typing import Literal
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterId
+from adapterd.core import AdapterId, BaseMatch
 from adapterd.errors import InvalidRequest
 from adapterd.model_name import check_alias, is_version_digest, is_version_number
 from adapterd.watch import Signature
 
-Owner = Literal["folder", "runtime", "manifest"]
-"""Whose word counts for a name: a watched folder's, a caller's at run time, or the manifest's."""
+Owner = Literal["folder", "runtime", "manifest", "resolver"]
+"""Whose word counts for a name: a watched folder's, a caller's at run time, the manifest's, or that of the pattern
+by which it was found when it was first asked for."""
 
 State = Literal["LOADING", "READY", "FAILED", "ABSENT"]
 
@@ -33,7 +34,11 @@ MAX_ALIASES = 64
 
 @dataclass(frozen=True)
 class Version:
-    """One content under one name. `path` is the folder it was read from, links followed."""
+    """One content under one name. `path` is the folder it was read from, links followed.
+
+    `source` is where that was downloaded from, as exactly as its address can say; None for a folder of its own.
+    `base_match` is how we know that it is for this base: by its fingerprint, or only by the shapes of its tensors.
+    """
 
     number: int
     id: AdapterId
@@ -42,12 +47,16 @@ class Version:
     rank: int
     targets: tuple[str, ...]
     first_loaded_at: float
+    source: str | None = None
+    base_model: str | None = None
+    base_match: BaseMatch = "shapes"
 
 
 @dataclass(frozen=True)
 class NameRecord:
     """`path` and `root` are where the name is loaded from, links unfollowed; `signature` is how that folder
-    looked when it was last acted upon: read, refused or unloaded.
+    looked when it was last acted upon: read, refused or unloaded. `source` and `sha256` are what was asked for,
+    where that is more than a watched folder; `declared` is the manifest's whole entry, as last acted upon.
 
     `error` beside a current version: a newer one was refused, and the one before serves on.
     """
@@ -57,6 +66,9 @@ class NameRecord:
     path: Path | None = None
     root: Path | None = None
     signature: Signature | None = None
+    source: str | None = None
+    sha256: str | None = None
+    declared: str | None = None
     versions: Mapping[int, Version] = field(default_factory=lambda: MappingProxyType({}))
     next_number: int = 1
     current: int | None = None
@@ -104,8 +116,14 @@ class NameRecord:
             )
         return None
 
-    def with_version(self, adapter: Adapter, *, now: float) -> "NameRecord":
+    def with_version(self, adapter: Adapter, *, now: float, source: str | None = None) -> "NameRecord":
         """Point the name to `adapter`, as a new version unless its content is known."""
+        record, number = self.knowing(adapter, now=now, source=source)
+        record = replace(record, error=None, is_loading=False, loaded_at=now)
+        return record.pointed_to(number)._pruned()
+
+    def knowing(self, adapter: Adapter, *, now: float, source: str | None = None) -> tuple["NameRecord", int]:
+        """The same with `adapter` among its versions, and its number; the name points where it did."""
         known = next((v for v in self.versions.values() if v.id == adapter.id), None)
         number = self.next_number if known is None else known.number
         version = Version(
@@ -116,16 +134,13 @@ class NameRecord:
             rank=adapter.max_rank,
             targets=tuple(sorted({matrices.module.rpartition(".")[2] for matrices in adapter.modules})),
             first_loaded_at=now if known is None else known.first_loaded_at,
+            source=source,
+            base_model=adapter.base_model_name,
+            base_match=adapter.base_match,
         )
-        record = replace(
-            self,
-            versions=MappingProxyType({**self.versions, number: version}),
-            next_number=max(self.next_number, number + 1),
-            error=None,
-            is_loading=False,
-            loaded_at=now,
-        )
-        return record.pointed_to(number)._pruned()
+        versions = MappingProxyType({**self.versions, number: version})
+        record = replace(self, versions=versions, next_number=max(self.next_number, number + 1))
+        return record, number
 
     def pointed_to(self, number: int) -> "NameRecord":
         """The same with another current version; what was current is what a rollback returns to."""
@@ -141,6 +156,13 @@ class NameRecord:
                 param="alias",
             )
         return replace(self, aliases=MappingProxyType({**self.aliases, alias: number}))
+
+    def with_aliases(self, aliases: Mapping[str, int]) -> "NameRecord":
+        """The same with these aliases and no others. Raises InvalidRequest."""
+        record = replace(self, aliases=MappingProxyType({}))
+        for alias, number in aliases.items():
+            record = record.with_alias(alias, number)
+        return record
 
     def without_alias(self, alias: str) -> "NameRecord":
         aliases = {key: number for key, number in self.aliases.items() if key != alias}
@@ -160,7 +182,13 @@ class NameRecord:
 
     def ownerless(self) -> "NameRecord":
         """Whoever comes first may have the name."""
-        return replace(self, owner=None, path=None, root=None, signature=None)
+        return replace(
+            self, owner=None, path=None, root=None, signature=None, source=None, sha256=None, declared=None
+        )
+
+    def forgotten(self) -> "NameRecord":
+        """The same without its versions and aliases. Its counter stays."""
+        return replace(self, versions=MappingProxyType({}), aliases=MappingProxyType({}))
 
     def _pruned(self) -> "NameRecord":
         kept = {self.current, self.previous, *self.aliases.values()}

@@ -1,6 +1,6 @@
-"""From a folder to an Adapter: where a path a caller gives may lie, and reading what is there, again if need be.
+"""From a source to an Adapter: where its files are or have to be brought, and reading them, again if need be.
 
-Called in a pool or in a caller's own thread, never under a lock: it waits for the disk.
+Called in a pool or in a caller's own thread, never under a lock that requests need: it waits for disk and network.
 """
 
 import logging
@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapterd.adapter import Adapter, read_adapter
@@ -15,14 +16,31 @@ from adapterd.core import AdapterEvents, BaseSpec, Unobserved
 from adapterd.errors import AdapterdError, AdapterRefused, ConfigError, InvalidRequest
 from adapterd.model_name import shown
 from adapterd.names import Version
+from adapterd.sources.allow import AllowList
+from adapterd.sources.cache import SourceCache
+from adapterd.sources.source import NO_HASHES, Hashes, Source, parse_source
 from adapterd.token_table import TokenizerIdentity
-from adapterd.watch import signature_of
+from adapterd.watch import Signature, signature_of
 
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where an adapter's files lie: a folder below `root`, links unfollowed, and how it looks.
+
+    `source` says where they were downloaded from, None for a folder of its own; `hashes` are those declared.
+    """
+
+    path: Path
+    root: Path
+    signature: Signature | None
+    source: str | None
+    hashes: Hashes
+
+
 class AdapterReader:
-    """Reads for one base, below `roots` and nowhere else."""
+    """Reads for one base: below `watched`, below the directories that `allow` names, and from the cache."""
 
     def __init__(
         self,
@@ -33,12 +51,21 @@ class AdapterReader:
         base_fingerprint: str | None = None,
         check: Callable[[Adapter], None] = lambda adapter: None,
         events: AdapterEvents | None = None,
+        allow: AllowList | None = None,
+        cache: SourceCache | None = None,
     ) -> None:
-        """`check` raises AdapterRefused for an adapter that can never fit. Raises ConfigError for no directory."""
+        """`check` raises AdapterRefused for an adapter that can never fit. Without a `cache` nothing remote is read.
+
+        Raises ConfigError if one of `directories` is none.
+        """
         for directory in directories:
             if not directory.is_dir():
                 raise ConfigError(f"adapter directory {directory} does not exist", param="adapters")
-        self.roots = tuple(Path(os.path.abspath(directory)) for directory in directories)
+        self.watched = tuple(Path(os.path.abspath(directory)) for directory in directories)
+        self._allow = AllowList() if allow is None else allow
+        self._cache = cache
+        self._places = (*self.watched, *self._allow.roots)
+        self._roots = self._places if cache is None else (*self._places, cache.objects)
         self._spec = spec
         self._tokenizer = tokenizer
         self._base_fingerprint = base_fingerprint
@@ -48,20 +75,45 @@ class AdapterReader:
         self.num_reads = 0
         self.seconds = 0.0
 
-    def locate(self, path: str) -> tuple[Path, Path]:
-        """Where a requested path is and which root it is below; both as given, with links unfollowed.
+    def may_read(self, root: Path, source: str | None) -> bool:
+        """Whether what was read before, below `root` and perhaps from a remote source, may still be read."""
+        if source is None:
+            return root in self._roots
+        return self._cache is not None and self._allow.allows(parse_source(source)[0])
 
-        A path that is not absolute counts from each root, then from where the daemon was started.
+    def obtain(self, source: Source, hashes: Hashes, *, param: str = "source") -> Files:
+        """Where a source's files are, downloaded if they have to be.
+
+        A path that is not absolute counts from each directory, then from where the daemon was started. Raises
+        InvalidRequest for a path that is below no directory, and what `SourceCache.fetch` raises.
         """
-        for root in self.roots:
+        if not source.is_local:
+            self._allow.check(source)
+            if self._cache is None:
+                raise InvalidRequest(
+                    f"the source {source} needs a cache; start with --cache DIR", param=param
+                )
+            cached = self._cache.fetch(source, hashes)
+            signature = signature_of(cached.directory)
+            return Files(cached.directory, self._cache.objects, signature, str(cached.source), hashes)
+        for root in self._places:
             for start in (root, Path.cwd()):
-                candidate = Path(os.path.normpath(start / path))
+                candidate = Path(os.path.normpath(start / source.path))
                 below = candidate.is_relative_to(root) or candidate.is_relative_to(root.resolve())
                 if below and candidate.is_dir():
-                    return candidate, root
-        raise InvalidRequest(f"{shown(path)} is no folder below the adapter directories", param="lora_path")
+                    return Files(candidate, root, signature_of(candidate), None, hashes)
+        raise InvalidRequest(
+            f"{shown(source.path)} is no folder below the adapter directories (--adapters), nor below one that"
+            " --allow-source names",
+            param=param,
+        )
 
-    def read(self, name: str, directory: Path, root: Path) -> Adapter:
+    def read_files(self, name: str, files: Files) -> Adapter:
+        """Raises AdapterRefused."""
+        directory = files.path if files.signature is None else files.signature.real_path
+        return self.read(name, directory, files.root, files.hashes)
+
+    def read(self, name: str, directory: Path, root: Path, hashes: Hashes = NO_HASHES) -> Adapter:
         """Raises AdapterRefused."""
         began = time.monotonic()
         adapter = read_adapter(
@@ -71,6 +123,7 @@ class AdapterReader:
             tokenizer=self._tokenizer,
             base_fingerprint=self._base_fingerprint,
             root=root,
+            hashes=hashes,
         )
         self._check(adapter)
         seconds = time.monotonic() - began
@@ -80,24 +133,38 @@ class AdapterReader:
         self._events.adapter_loaded(name, "host", seconds)
         return adapter
 
-    def try_read(self, name: str, directory: Path, root: Path) -> Adapter | str:
-        """The adapter, or why there is none."""
+    def try_read(self, name: str, read: Callable[[], Adapter]) -> Adapter | str:
+        """What `read` gives, or why there is nothing."""
         try:
-            return self.read(name, directory, root)
+            return read()
         except AdapterdError as error:
             return error.message
         except Exception as error:  # a reader's bug must end in a FAILED name, not in one that loads for ever
             _logger.exception("adapter %s: reading failed", name)
             return f"adapter {name!r} could not be read: {type(error).__name__}: {error}"
 
+    def needs_download(self, version: Version) -> bool:
+        """Whether a version's files are on no disk of ours."""
+        return version.source is not None and signature_of(version.path) is None
+
     def read_version(self, version: Version) -> Adapter:
-        """Read a known version once more. Raises AdapterRefused if its folder holds something else by now."""
+        """Read a known version once more, downloaded again if the cache has lost it.
+
+        Raises AdapterRefused if something else lies there by now, and what `obtain` raises.
+        """
         name, path = version.id.name, version.path
-        root = next((root for root in self.roots if path.is_relative_to(root.resolve())), None)
-        if root is None:
-            raise AdapterRefused(
-                f"version {version.number} of {name!r} is in {path}, which is below no adapter directory"
-            )
+        if version.source is not None and self._cache is not None and self._cache.holds(path):
+            root = self._cache.objects
+        elif version.source is not None:
+            files = self.obtain(parse_source(version.source)[0], NO_HASHES)
+            path, root = files.path, files.root
+        else:
+            found = next((root for root in self._roots if path.is_relative_to(root.resolve())), None)
+            if found is None:
+                raise AdapterRefused(
+                    f"version {version.number} of {name!r} is in {path}, which is below no adapter directory"
+                )
+            root = found
         if signature_of(path) is None:
             raise AdapterRefused(_gone(version, "is no adapter any more"))
         adapter = self.read(name, path, root)
@@ -108,6 +175,6 @@ class AdapterReader:
 
 def _gone(version: Version, reason: str) -> str:
     return (
-        f"version {version.number} of {version.id.name!r} is gone: it is no longer in memory, and {version.path}"
-        f" {reason}. Keep each version in a folder of its own to be able to return to it"
+        f"version {version.number} of {version.id.name!r} is gone: it is no longer in memory, and "
+        f"{version.source or version.path} {reason}. Keep each version in a place of its own to be able to return to it"
     )

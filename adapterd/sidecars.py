@@ -4,6 +4,7 @@ PEFT ignores these files; people who save a tokenizer with their adapter mean th
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ def _chat_template(file: bytes | None, tokenizer_config: Mapping[str, Any], adap
     """A chat_template.jinja goes before tokenizer_config.json's; of several named ones, the default."""
     if file is not None:
         try:
-            return file.decode()
+            # Thousands of adapters bring the same few templates: each is kept once.
+            return sys.intern(file.decode())
         except UnicodeDecodeError as error:
             raise AdapterRefused(f"adapter {adapter!r}: chat_template.jinja is not UTF-8") from error
     template = tokenizer_config.get("chat_template")
@@ -100,7 +102,7 @@ def _chat_template(file: bytes | None, tokenizer_config: Mapping[str, Any], adap
         template = named["default"]
     if template is not None and not isinstance(template, str):
         raise AdapterRefused(f"adapter {adapter!r}: tokenizer_config.json: chat_template must be a string")
-    return template
+    return None if template is None else sys.intern(template)
 
 
 def _check_tokenizer(

@@ -22,7 +22,7 @@ class HostVersions:
         self._events: AdapterEvents = Unobserved() if events is None else events
         self._kept: OrderedDict[AdapterId, Adapter] = OrderedDict()  # longest unused first
         self._held: dict[AdapterId, tuple[Adapter, int]] = {}
-        self._pinned: frozenset[AdapterId] = frozenset()
+        self.pinned: frozenset[AdapterId] = frozenset()
         # Versions that have left, but that a resolved request may still be about to lease.
         self._alive: WeakValueDictionary[AdapterId, Adapter] = WeakValueDictionary()
         self.num_hits = 0
@@ -94,6 +94,13 @@ class HostVersions:
         self._evict()
         return True
 
+    def bytes_of(self, adapter_id: AdapterId) -> int:
+        """Bytes that a version takes here; 0 if it is not in memory."""
+        return 0 if adapter_id not in self else self._here(adapter_id).num_bytes
+
+    def num_holders(self, adapter_id: AdapterId) -> int:
+        return self._held[adapter_id][1] if adapter_id in self._held else 0
+
     def is_held(self, adapter_id: AdapterId) -> bool:
         return adapter_id in self._held
 
@@ -108,13 +115,16 @@ class HostVersions:
 
     def pin(self, adapter_ids: Iterable[AdapterId]) -> None:
         """From now on these are never evicted, and those pinned before may be."""
-        self._pinned = frozenset(adapter_ids)
+        self.pinned = frozenset(adapter_ids)
         self._evict()
 
     def check_integrity(self) -> None:
         """The bytes counted are those of what is here."""
         here = {**self._kept, **{adapter_id: adapter for adapter_id, (adapter, _) in self._held.items()}}
         assert self.num_bytes == sum(adapter.num_bytes for adapter in here.values())
+
+    def _here(self, adapter_id: AdapterId) -> Adapter:
+        return self._held[adapter_id][0] if adapter_id in self._held else self._kept[adapter_id]
 
     def _find(self, adapter_id: AdapterId) -> Adapter | None:
         if adapter_id in self._held:
@@ -128,7 +138,7 @@ class HostVersions:
         for adapter_id in list(self._kept):
             if self.num_bytes <= self.max_bytes:
                 return
-            if adapter_id not in self._held and adapter_id not in self._pinned and adapter_id != spare:
+            if adapter_id not in self._held and adapter_id not in self.pinned and adapter_id != spare:
                 self.discard(adapter_id)
                 self.num_evictions += 1
                 self._events.adapter_evicted(adapter_id.name, "host")

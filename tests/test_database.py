@@ -61,6 +61,60 @@ def test_a_record_comes_back_whole(tmp_path: Path) -> None:
     assert reopened(tmp_path / "state") == [RECORD, NameRecord("b", owner="runtime", error="bad")]
 
 
+def test_what_the_manifest_and_a_download_left_comes_back(tmp_path: Path) -> None:
+    downloaded = replace(version(1), source="hf://acme/a@4f1c", base_model="mini", base_match="fingerprint")
+    record = replace(
+        RECORD,
+        owner="manifest",
+        source="hf://acme/a",
+        sha256='{"adapter_model.safetensors": "00"}',
+        declared="[]",
+        versions=MappingProxyType({1: downloaded, 4: version(4)}),
+    )
+    save(tmp_path, record)
+    assert reopened(tmp_path) == [record]
+
+
+_FORMAT_1 = """
+CREATE TABLE base (fingerprint TEXT);
+CREATE TABLE name (
+    name TEXT PRIMARY KEY, owner TEXT, path TEXT, root TEXT, signature TEXT, next_number INTEGER NOT NULL,
+    current INTEGER, previous INTEGER, is_pinned INTEGER NOT NULL, loaded_at REAL, error TEXT
+) WITHOUT ROWID;
+CREATE TABLE version (
+    name TEXT NOT NULL REFERENCES name ON DELETE CASCADE, number INTEGER NOT NULL, digest TEXT NOT NULL,
+    path TEXT NOT NULL, num_bytes INTEGER NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
+    first_loaded_at REAL NOT NULL, PRIMARY KEY (name, number), UNIQUE (name, digest)
+) WITHOUT ROWID;
+CREATE TABLE alias (
+    name TEXT NOT NULL, alias TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, alias),
+    FOREIGN KEY (name, number) REFERENCES version ON DELETE CASCADE
+) WITHOUT ROWID;
+INSERT INTO base VALUES (NULL);
+INSERT INTO name VALUES ('a', 'runtime', '/adapters/a', '/adapters', NULL, 2, 1, NULL, 0, 2.5, NULL);
+INSERT INTO version VALUES ('a', 1, 'DIGEST', '/adapters/.v/1', 128, 2, '["q_proj"]', 1.5);
+INSERT INTO alias VALUES ('a', 'stable', 1);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_the_format_before_is_taken_over(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript(_FORMAT_1.replace("DIGEST", version(1).id.digest))
+    connection.close()
+    known = replace(
+        NameRecord(
+            "a", owner="runtime", path=Path("/adapters/a"), root=Path("/adapters"), next_number=2, current=1
+        ),
+        versions=MappingProxyType({1: version(1)}),
+        aliases=MappingProxyType({"stable": 1}),
+        loaded_at=2.5,
+    )
+    assert reopened(tmp_path) == [known]
+    save(tmp_path, RECORD)
+    assert reopened(tmp_path) == [RECORD]
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     moved = replace(
         RECORD, current=1, aliases=MappingProxyType({}), versions=MappingProxyType({1: version(1)})

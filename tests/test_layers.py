@@ -26,18 +26,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("names",),
     ("database", "folders", "reading"),
     ("catalog",),
+    ("changes", "readings", "lookup", "entries", "device_pins"),
+    ("first_use", "folder_names", "loading", "manifest_owner"),
     ("registry",),
     ("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs", "model"),
     ("engine",),
     ("daemon",),
-    ("server", "training", "evaluation"),
+    ("server", "training", "evaluation", "adapter_commands", "daemon_client"),
     ("cli",),
     ("__main__",),
 )
 NO_TORCH = (
     *("core", "config", "errors", "metrics", "series", "residency", "messages", "server", "cli"),
     *("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs"),
-    *("file_names", "manifest", "sources"),
+    *("file_names", "manifest", "sources", "adapter_commands", "daemon_client"),
     "engine.engine",
 )
 

@@ -18,6 +18,7 @@ from adapterd.adapter import Adapter
 from adapterd.adapter_writer import write_adapter
 from adapterd.core import AdapterId, BaseSpec
 from adapterd.database import Database
+from adapterd.entries import AdapterEntry
 from adapterd.errors import (
     AdapterdError,
     AdapterRefused,
@@ -29,7 +30,7 @@ from adapterd.errors import (
     Unavailable,
 )
 from adapterd.peft_config import CONFIG_FILE
-from adapterd.registry import AdapterEntry, AdapterRegistry
+from adapterd.registry import AdapterRegistry
 from adapterd.token_table import TokenizerIdentity
 
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -11,6 +11,7 @@ from pathlib import Path
 from adapterd.composition import ResolvedModel
 from adapterd.config import EvalSettings, flag
 from adapterd.daemon import Daemon
+from adapterd.entries import AdapterEntry
 from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
 from adapterd.evaluation.arms import Arm, Prompting, choose_shots, prompted_arms
 from adapterd.evaluation.ask import Asker
@@ -22,7 +23,6 @@ from adapterd.evaluation.report import CARD_FILE, as_json, as_markdown, card_blo
 from adapterd.evaluation.result import Result, put_together
 from adapterd.evaluation.scoring import score
 from adapterd.evaluation.task import EvalTask, read_general, read_task
-from adapterd.registry import AdapterEntry
 from adapterd.training.data import Row
 
 _logger = logging.getLogger(__name__)

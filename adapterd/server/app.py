@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapterd.server.adapter_api import Adapters
 from adapterd.server.adapters import SglangAdapters, VllmAdapters
 from adapterd.server.auth import ApiKeys, admin_only
 from adapterd.server.drain import ClosingConnections
@@ -55,12 +56,15 @@ def create_app(
 
 def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
     health, models = Health(state), Models(state)
+    adapters = Adapters(state)
     vllm, sglang = VllmAdapters(state), SglangAdapters(state)
     served: list[BaseRoute] = [
         Route("/v1/chat/completions", Generate(state, CHAT), methods=["POST"]),
         Route("/v1/completions", Generate(state, COMPLETIONS), methods=["POST"]),
         Route("/v1/models", models.list),
         Route("/v1/models/{model:path}", models.one),
+        Route("/v1/adapters", adapters.list),
+        Route("/v1/adapters/{name}", adapters.one),
         Route("/health", health.readyz),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
@@ -70,6 +74,16 @@ def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRout
     ]
     if allow_runtime_adapters:
         served += [
+            Route("/v1/adapters", admin_only(adapters.load), methods=["POST"]),
+            Route("/v1/adapters/{name}", admin_only(adapters.delete), methods=["DELETE"]),
+            Route("/v1/adapters/{name}/update", admin_only(adapters.update), methods=["POST"]),
+            Route("/v1/adapters/{name}/unload", admin_only(adapters.unload), methods=["POST"]),
+            Route("/v1/adapters/{name}/rollback", admin_only(adapters.rollback), methods=["POST"]),
+            Route("/v1/adapters/{name}/alias", admin_only(adapters.alias), methods=["POST"]),
+            Route("/v1/adapters/{name}/aliases/{alias}", admin_only(adapters.unalias), methods=["DELETE"]),
+            Route("/v1/adapters/{name}/pin", admin_only(adapters.pin), methods=["POST"]),
+            Route("/v1/adapters/{name}/unpin", admin_only(adapters.unpin), methods=["POST"]),
+            Route("/v1/adapters/{name}/prefetch", admin_only(adapters.prefetch), methods=["POST"]),
             Route("/v1/load_lora_adapter", admin_only(vllm.load), methods=["POST"]),
             Route("/v1/unload_lora_adapter", admin_only(vllm.unload), methods=["POST"]),
             Route("/load_lora_adapter", admin_only(sglang.load), methods=["POST"]),

@@ -39,9 +39,13 @@ class UnsupportedMediaType(AdapterdError):
 
 
 async def read_json(
-    request: Request, *, max_bytes: int = MAX_BODY_BYTES, timeout_seconds: float = BODY_TIMEOUT_SECONDS
+    request: Request,
+    *,
+    max_bytes: int = MAX_BODY_BYTES,
+    timeout_seconds: float = BODY_TIMEOUT_SECONDS,
+    may_be_empty: bool = False,
 ) -> dict[str, Any]:
-    """The body as a JSON object.
+    """The body as a JSON object; `may_be_empty`: no bytes are an object without fields.
 
     Raises BodyTooLarge before buffering more than `max_bytes`, BodyTooSlow, UnsupportedMediaType for anything
     but plain JSON, InvalidRequest for what is not one valid UTF-8 JSON object.
@@ -56,6 +60,8 @@ async def read_json(
                     raise BodyTooLarge(f"the body is larger than {max_bytes} bytes")
     except TimeoutError:
         raise BodyTooSlow(f"the body did not arrive within {timeout_seconds:g} seconds") from None
+    if may_be_empty and not body:
+        return {}
     if len(body) > _PARSE_BESIDE_LOOP_BYTES:
         return await asyncio.to_thread(parse_json, bytes(body))
     return parse_json(bytes(body))

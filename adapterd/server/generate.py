@@ -86,6 +86,7 @@ class Generate(Generic[B]):
             requests = self._requests(body, resolved, prompts, arrival_seconds)
             head = self._head(body, resolved, prompts, requests)
             stream = self._submit(requests, resolved, held)
+            held.enter_context(self._state.in_use.by(stream, resolved.mix))
             answer = self._dialect.answer(body, head, daemon.renderer)
             tally = UsageTally(prompts)
             headers = {"x-adapterd-digest": resolved.digest}

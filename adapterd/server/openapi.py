@@ -1,5 +1,6 @@
 """GET /openapi.json, made from the models that check requests and the types that answers are built of."""
 
+import re
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -7,6 +8,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import adapterd
+from adapterd.server.adapter_bodies import (
+    AliasBody,
+    EmptyBody,
+    LoadBody,
+    RollbackBody,
+    UnloadBody,
+    UpdateBody,
+)
+from adapterd.server.adapter_cards import AdapterCard, AdapterList, Unloaded
 from adapterd.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -39,6 +49,39 @@ OPERATIONS: tuple[tuple[str, str, str, Any, Any, Any], ...] = (
     ("/v1/completions", "post", "Continue a text", CompletionRequest, Completion, Completion),
     ("/v1/models", "get", "The base and its adapters", None, ModelList, None),
     ("/v1/models/{model}", "get", "One of them", None, ModelCard, None),
+    ("/v1/adapters", "get", "Every adapter: versions, where it lies, what it does", None, AdapterList, None),
+    ("/v1/adapters/{name}", "get", "One of them", None, AdapterCard, None),
+    ("/v1/adapters", "post", "Load an adapter (if allowed)", LoadBody, AdapterCard, None),
+    (
+        "/v1/adapters/{name}",
+        "delete",
+        "Unload it and forget its versions (?deadline_seconds, ?abort)",
+        None,
+        Unloaded,
+        None,
+    ),
+    (
+        "/v1/adapters/{name}/update",
+        "post",
+        "Read its source again, or another one",
+        UpdateBody,
+        AdapterCard,
+        None,
+    ),
+    (
+        "/v1/adapters/{name}/unload",
+        "post",
+        "Serve it no more; answers when its memory is back",
+        UnloadBody,
+        Unloaded,
+        None,
+    ),
+    ("/v1/adapters/{name}/rollback", "post", "Back to the version before", RollbackBody, AdapterCard, None),
+    ("/v1/adapters/{name}/alias", "post", "Let an alias mean a version", AliasBody, AdapterCard, None),
+    ("/v1/adapters/{name}/aliases/{alias}", "delete", "Remove an alias", None, AdapterCard, None),
+    ("/v1/adapters/{name}/pin", "post", "Keep it in host memory", EmptyBody, AdapterCard, None),
+    ("/v1/adapters/{name}/unpin", "post", "Keep it no longer", EmptyBody, AdapterCard, None),
+    ("/v1/adapters/{name}/prefetch", "post", "Have it in host memory", EmptyBody, AdapterCard, None),
     ("/v1/load_lora_adapter", "post", "Load an adapter (if allowed)", LoadAdapterRequest, None, None),
     ("/v1/unload_lora_adapter", "post", "Unload an adapter (if allowed)", UnloadAdapterRequest, None, None),
     ("/load_lora_adapter", "post", "The same in SGLang's words", SglangLoadRequest, None, None),
@@ -75,9 +118,10 @@ def openapi_document() -> Schema:
                 },
             },
         }
-        if "{model}" in path:
+        if parameters := re.findall(r"\{(\w+)\}", path):
             operation["parameters"] = [
-                {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in parameters
             ]
         if body is not None:
             operation["requestBody"] = {

@@ -13,6 +13,7 @@ from adapterd.core import ServerStats
 from adapterd.errors import AdapterdError, BeingRead
 from adapterd.residency import PREFIXED, Spelling, spelled
 from adapterd.server.drain import Drain
+from adapterd.server.in_use import AdaptersInUse
 from adapterd.server.readiness import Readiness
 from adapterd.server.render_pool import RenderPool
 from adapterd.server.seams import Daemon, ResolvedModel
@@ -46,6 +47,7 @@ class ServerState:
         self.metrics.server_stats = self.stats
         self.drain = Drain()
         self.readiness = Readiness(daemon, self.drain, is_warm=not warms_up)
+        self.in_use = AdaptersInUse()
         self.created_unix = int(time.time())
         self.streams: OutputStreams
         self.render_pool: RenderPool

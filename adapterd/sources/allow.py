@@ -47,7 +47,8 @@ class AllowList:
                     " for what may differ, and no revision",
                     param=param,
                 )
-            self._patterns.append(_Pattern(scheme, _compiled(authority.lower()), _compiled(path)))
+            authority = authority.lower().removesuffix({"https": ":443", "http": ":80"}.get(scheme, "/"))
+            self._patterns.append(_Pattern(scheme, _compiled(authority), _compiled(path)))
         self.roots = tuple(roots)
 
     @property

@@ -81,8 +81,12 @@ class SourceCache:
             with partial_directory(self._partial) as partial:
                 files = self._downloader.fetch(held, partial, hashes)
                 cached = Cached(self._publish(partial, files), held.source, files)
-            for asked in {source, held.source}:
-                self._remember(asked, hashes, held.state, cached)
+            for asked in {
+                (source, hashes_text(hashes)),
+                (held.source, hashes_text(hashes)),
+                (held.source, None),
+            }:
+                self._remember(*asked, held.state, cached)
             self._evict(spare=cached.directory)
         except OSError as error:
             raise SourceFailed(f"the source {source} could not be kept in the cache: {error}") from error
@@ -90,24 +94,28 @@ class SourceCache:
             self.num_downloads += 1
         return cached
 
+    def holds(self, directory: Path) -> bool:
+        """Whether a directory is an object of this cache, and whole. Counts as a use of it."""
+        return directory.parent == self.objects and self._whole(directory) is not None
+
     def num_bytes(self) -> int:
         """Bytes of what is kept. Looks at the disk."""
         return sum(size for _, size, _ in self._listing())
 
     # Notes: what a source held
 
-    def _note_path(self, source: Source, hashes: Hashes) -> Path:
-        key = hashlib.sha256(f"{source}\n{hashes_text(hashes)}".encode()).hexdigest()
+    def _note_path(self, source: Source, hashes: str | None) -> Path:
+        key = hashlib.sha256(f"{source}\n{hashes}".encode()).hexdigest()
         return self._sources / f"{key}.json"
 
     def _note(self, source: Source, hashes: Hashes) -> dict[str, str | None]:
         try:
-            note = json.loads(self._note_path(source, hashes).read_bytes())
+            note = json.loads(self._note_path(source, hashes_text(hashes)).read_bytes())
         except (OSError, ValueError):
             return {}
         return note if isinstance(note, dict) else {}
 
-    def _remember(self, source: Source, hashes: Hashes, state: str | None, cached: Cached) -> None:
+    def _remember(self, source: Source, hashes: str | None, state: str | None, cached: Cached) -> None:
         note = {"pinned": str(cached.source), "state": state, "object": cached.directory.name}
         path = self._note_path(source, hashes)
         fresh = path.with_name(f".{uuid.uuid4().hex}")

@@ -135,7 +135,7 @@ def parse_hashes(value: object, *, param: str = "sha256") -> Hashes:
     hashes = {WEIGHTS_FILE: value} if isinstance(value, str) else value
     if not isinstance(hashes, Mapping) or not hashes:
         raise InvalidRequest(
-            f"sha256 must be the hash of {WEIGHTS_FILE} in hex, or an object of file names and hashes",
+            f"sha256 must be the hash of {WEIGHTS_FILE} in hex (in quotes), or an object of file names and hashes",
             param=param,
         )
     for name, digest in hashes.items():

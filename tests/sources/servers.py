@@ -1,5 +1,6 @@
 """Real servers on this machine's loopback: a web server that answers as told, and the part of the Hub that is asked."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -18,6 +19,8 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
     cut_at: int | None = None
     """The connection ends after so many bytes of the body."""
+    delay_seconds: float = 0.0
+    """The body comes so much later, or once the server is told to stop."""
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Asked:
     url: str = ""
     replies: dict[str, Reply] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def host(self) -> str:
@@ -102,7 +106,10 @@ def _listening(asked: Asked, answer: Callable[[str], Reply]) -> Iterator[str]:
             self.send_header("content-length", str(len(reply.body)))
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(reply.body[: reply.cut_at])
+                if reply.delay_seconds:
+                    asked.stop.wait(reply.delay_seconds)
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(reply.body[: reply.cut_at])
                 if reply.cut_at is not None:
                     self.close_connection = True
 
@@ -116,6 +123,7 @@ def _listening(asked: Asked, answer: Callable[[str], Reply]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        asked.stop.set()
         server.shutdown()
         thread.join()
         server.server_close()

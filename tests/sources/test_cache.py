@@ -113,8 +113,8 @@ def test_the_longest_unused_leaves_first(web: Asked, tmp_path: Path) -> None:
 
 def test_many_at_once_agree(web: Asked, tmp_path: Path) -> None:
     caches = [cache(tmp_path), cache(tmp_path)]
-    with ThreadPoolExecutor(8) as pool:
-        got = set(pool.map(lambda number: caches[number % 2].fetch(at(web, "a")).directory, range(16)))
+    with ThreadPoolExecutor(6) as pool:
+        got = set(pool.map(lambda number: caches[number % 2].fetch(at(web, "a")).directory, range(6)))
     assert len(got) == 1
     assert {path.name for path in got.pop().iterdir()} == set(files())
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -155,6 +158,18 @@ def test_what_makes_no_sense_is_refused_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         puller(tmp_path, *sources)
+
+
+def test_a_sidecar_leaves_at_sigterm_in_the_middle_of_a_download(web: Asked, tmp_path: Path) -> None:
+    source = declared(web, "a", b"one")
+    web.replies["/a/adapter_model.safetensors"] = Reply(b"one", delay_seconds=30.0)
+    command = [sys.executable, "-m", "adapterd", "pull", source, "--into", str(tmp_path), "--watch"]
+    process = subprocess.Popen(command)
+    until(lambda: "GET /a/adapter_model.safetensors" in web.paths)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    web.stop.set()
+    assert [path for path in (tmp_path / ".versions").rglob("*") if path.is_file()] == []
 
 
 def test_the_command_says_what_it_did(

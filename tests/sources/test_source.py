@@ -101,6 +101,7 @@ def test_plain_http_needs_a_hash() -> None:
         ("https://*.example.com/*", "https://evil.test/a.example.com/b", False),
         ("https://example.com/*", "https://example.com:8443/a", False),
         ("https://example.com/*", "http://example.com/a", False),
+        ("https://example.com:443/*", "https://example.com/a", True),
         ("https://exampleXcom/*", "https://example.com/a", False),
     ],
 )

@@ -1,0 +1,56 @@
+"""Changes of names: those of one name take turns, and each is on disk before anyone sees it."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from adapterd.adapter import Adapter
+from adapterd.catalog import Catalog
+from adapterd.names import NameRecord
+from adapterd.reading import Files
+from adapterd.sources.source import Source, hashes_text
+
+_logger = logging.getLogger(__name__)
+
+
+class NameChanges:
+    """Whoever changes a name does so `of` it, with the record that holds until the block is left."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        # One of a fixed number of locks per name: a flood of names costs nothing.
+        self._locks = tuple(threading.Lock() for _ in range(64))
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[NameRecord]:
+        with self._locks[hash(name) % len(self._locks)]:
+            yield self._catalog.record(name)
+
+    def publish(self, record: NameRecord, adapter: Adapter, *, source: str | None = None) -> None:
+        """Make `adapter` what the name points to. `source`: where it was downloaded from."""
+        record = record.with_version(adapter, now=time.time(), source=source)
+        self._catalog.put(record, adapter)
+        _logger.info("adapter %s: version %d, %s", record.name, record.current, adapter.id.digest[:12])
+
+    def settle(self, record: NameRecord, result: Adapter | str, *, source: str | None = None) -> None:
+        """End a reading in the background: serve what it gave, or keep the reason why it gave nothing."""
+        if isinstance(result, str):
+            _logger.warning("%s%s", result, " (the version before serves on)" if record.current else "")
+            self._catalog.put(replace(record, error=result, is_loading=False))
+        else:
+            self.publish(record, result, source=source)
+
+
+def located(record: NameRecord, files: Files, source: Source) -> NameRecord:
+    """The same as loaded from `files`, which is what `source` asked for."""
+    return replace(
+        record,
+        path=files.path,
+        root=files.root,
+        signature=files.signature,
+        source=str(files.path if source.is_local else source),
+        sha256=hashes_text(files.hashes),
+    )

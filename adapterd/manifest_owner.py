@@ -1,0 +1,239 @@
+"""What the manifest says, made true: at the start, and whenever the file changes. A failure is tried again.
+
+Polling, as for folders: it works alike for a file that is edited and for the link swaps of a Kubernetes ConfigMap.
+A manifest that cannot be read changes nothing; the one before holds.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapterd.adapter import Adapter
+from adapterd.catalog import Catalog
+from adapterd.changes import NameChanges, located
+from adapterd.errors import AdapterdError, ConfigError
+from adapterd.manifest import Declared, Manifest, ManifestAdapter, read_manifest
+from adapterd.names import NameRecord
+from adapterd.reading import AdapterReader, Files
+from adapterd.watch import signature_of
+
+RETRY_POLLS = (5, 300)
+"""How many polls after a failure it is tried again, at first and at most."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ManifestStatus:
+    """`sha256` is that of the file that holds now; `error` says why a newer one does not."""
+
+    path: Path
+    sha256: str
+    error: str | None
+
+
+@dataclass
+class _Retry:
+    at_seconds: float
+    wait_seconds: float
+
+
+class ManifestOwner:
+    """Owns the names that the file at `path` lists. Polls in a thread of its own, from `start` on."""
+
+    def __init__(
+        self,
+        path: Path,
+        base_name: str,
+        catalog: Catalog,
+        changes: NameChanges,
+        reader: AdapterReader,
+        pool: ThreadPoolExecutor,
+        *,
+        poll_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises ConfigError if the manifest cannot be read now."""
+        self.path = path
+        self._base_name = base_name
+        self._catalog = catalog
+        self._changes = changes
+        self._reader = reader
+        self._pool = pool
+        self._poll_seconds = poll_seconds
+        self._clock = clock
+        self._stamp = _stamp(path)
+        self._manifest = read_manifest(path)
+        self._error: str | None = None
+        self._seen: dict[str, object] = {}
+        self._in_flight: set[str] = set()
+        self._retries: dict[str, _Retry] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def status(self) -> ManifestStatus:
+        return ManifestStatus(self.path, self._manifest.sha256, self._error)
+
+    def start(self) -> None:
+        """Claim every name, begin with what is not as it should be, and keep watching."""
+        self._converge(first=True)
+        self._thread = threading.Thread(target=self._watch, name="manifest-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Harmless if never started."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        seconds = self._poll_seconds
+        while not self._stopping.wait(seconds):
+            began = time.monotonic()
+            try:
+                self._look()
+                self._converge(first=False)
+            except Exception:  # a full disk, say: whatever it is, the next look may do better
+                _logger.exception("following the manifest %s failed", self.path)
+            # Thousands of folders on a slow disk take a while to look at; never spend more than a tenth on it.
+            seconds = max(self._poll_seconds, 10 * (time.monotonic() - began))
+
+    def _look(self) -> None:
+        """Read the file again if it has changed, or could not be read."""
+        stamp = _stamp(self.path)
+        if stamp == self._stamp and self._error is None:
+            return
+        try:
+            manifest = read_manifest(self.path)
+        except ConfigError as error:
+            if error.message != self._error:
+                _logger.error("%s; the manifest before holds", error.message)
+            self._error = error.message
+            return
+        if manifest.sha256 != self._manifest.sha256:
+            _logger.info(
+                "the manifest has changed: %d adapters, %s", len(manifest.adapters), manifest.sha256[:12]
+            )
+            with self._lock:
+                self._retries.clear()
+        self._manifest, self._error, self._stamp = manifest, None, stamp
+
+    def _converge(self, *, first: bool) -> None:
+        manifest = self._manifest
+        for record in self._catalog.records():
+            if record.owner == "manifest" and record.name not in manifest.adapters:
+                self._drop(record.name, manifest)
+        for adapter in manifest.adapters.values():
+            if self._is_due(adapter, first=first):
+                with self._lock:
+                    self._in_flight.add(adapter.name)
+                self._catalog.update(adapter.name, _claimed)
+                with contextlib.suppress(RuntimeError):  # the pool is shut down
+                    self._pool.submit(self._attempt, adapter)
+
+    def _is_due(self, adapter: ManifestAdapter, *, first: bool) -> bool:
+        """Whether an entry has yet to be acted upon: it is new or has changed, or its folder has and is at rest."""
+        record = self._catalog.record(adapter.name)
+        with self._lock:
+            retry = self._retries.get(adapter.name)
+            if adapter.name in self._in_flight or (retry and self._clock() < retry.at_seconds):
+                return False
+        if record.owner != "manifest" or record.declared != adapter.text or retry is not None:
+            return True
+        if record.current is None or record.signature is None:
+            return True
+        if record.source is None or not adapter.current.source.is_local or record.path is None:
+            return False
+        signature = signature_of(record.path)
+        settled = first or (signature and signature.sealed) or self._seen.get(adapter.name) == signature
+        self._seen[adapter.name] = signature
+        return signature is not None and signature != record.signature and bool(settled)
+
+    def _attempt(self, adapter: ManifestAdapter) -> None:
+        has_failed = True
+        try:
+            has_failed = self._declare(adapter) is not None
+        except Exception:
+            _logger.exception("adapter %s: what the manifest says could not be done", adapter.name)
+        finally:
+            with self._lock:
+                self._in_flight.discard(adapter.name)
+                before = self._retries.pop(adapter.name, None)
+                if has_failed:
+                    first, most = (polls * self._poll_seconds for polls in RETRY_POLLS)
+                    wait = first if before is None else min(2 * before.wait_seconds, most)
+                    self._retries[adapter.name] = _Retry(self._clock() + wait, wait)
+
+    def _declare(self, wanted: ManifestAdapter) -> str | None:
+        """Make one name what its entry says; why that is not possible."""
+        result = self._read_all(wanted)
+        with self._changes.of(wanted.name) as record:
+            if self._manifest.adapters.get(wanted.name) != wanted:
+                return None  # another entry holds by now, and is due
+            record = replace(record, owner="manifest", declared=wanted.text)
+            if isinstance(result, str):
+                record = replace(record, source=str(wanted.current.source))
+                self._changes.settle(record, result)
+                return result
+            (adapter, files), others = result
+            record = located(record, files, wanted.current.source)
+            now = time.time()
+            record, number = record.knowing(adapter, now=now, source=files.source)
+            aliases = {alias: number for alias, what in wanted.aliases.items() if what is None}
+            for alias, (other, other_files) in others.items():
+                record, aliases[alias] = record.knowing(other, now=now, source=other_files.source)
+            record = replace(record.with_aliases(aliases), is_pinned=wanted.is_pinned)
+            self._changes.publish(record, adapter, source=files.source)
+        return None
+
+    def _read_all(
+        self, wanted: ManifestAdapter
+    ) -> tuple[tuple[Adapter, Files], Mapping[str, tuple[Adapter, Files]]] | str:
+        """The current content and those of the aliases that have their own, or why one of them cannot be had."""
+
+        def read(declared: Declared) -> tuple[Adapter, Files]:
+            files = self._reader.obtain(declared.source, declared.hashes)
+            return self._reader.read_files(wanted.name, files), files
+
+        if wanted.name == self._base_name:
+            return (
+                f"adapter {wanted.name!r}: that is the base's own name; call it something else in {self.path}"
+            )
+        try:
+            others = {alias: read(what) for alias, what in wanted.aliases.items() if what is not None}
+            return read(wanted.current), others
+        except AdapterdError as error:
+            return error.message
+        except Exception as error:  # a bug of ours must end in a FAILED name, not in one that loads for ever
+            _logger.exception("adapter %s: reading failed", wanted.name)
+            return f"adapter {wanted.name!r} could not be read: {type(error).__name__}: {error}"
+
+    def _drop(self, name: str, manifest: Manifest) -> None:
+        with self._changes.of(name) as record:
+            if record.owner == "manifest" and name not in manifest.adapters:
+                _logger.info("adapter %s: the manifest names it no more", name)
+                self._catalog.put(record.absent().ownerless())
+        with self._lock:
+            self._retries.pop(name, None)
+
+
+def _claimed(record: NameRecord) -> NameRecord:
+    """In memory alone: the name is the manifest's from now on, and on its way if it means nothing yet."""
+    is_loading = record.is_loading or record.state == "ABSENT"
+    return replace(record, owner="manifest", is_loading=is_loading)
+
+
+def _stamp(path: Path) -> object:
+    """Changes whenever the file does, also where it is a link to a link that is swapped."""
+    try:
+        status = path.stat()
+        return os.path.realpath(path), status.st_ino, status.st_size, status.st_mtime_ns
+    except OSError:
+        return None

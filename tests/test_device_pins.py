@@ -1,0 +1,121 @@
+"""What pinned names mean is what device memory keeps."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from adapterd.core import AdapterDigest, AdapterId, AdapterMix
+from adapterd.device_pins import DevicePins
+from adapterd.errors import AdapterRefused, Overloaded
+from tests.adapters_on_disk import until
+
+A, B, C = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "abc")
+
+
+class Device:
+    """Has room for `room` adapters; pins only what is leased."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.pinned: list[AdapterId] = []
+        self.leased: list[AdapterId] = []
+        self.read: list[AdapterId] = []
+        self.prefetched: list[AdapterId] = []
+        self.wanted: frozenset[AdapterId] = frozenset()
+
+    def pin(self, adapter_id: AdapterId) -> None:
+        assert adapter_id in self.leased
+        if len(self.pinned) >= self.room:
+            raise Overloaded("pinned adapters take it all")
+        self.pinned.append(adapter_id)
+
+    def unpin(self, adapter_id: AdapterId) -> None:
+        self.pinned.remove(adapter_id)
+
+    def prefetch(self, adapter_id: AdapterId) -> None:
+        assert adapter_id in self.leased
+        self.prefetched.append(adapter_id)
+
+    def lease(self, mix: AdapterMix) -> "Device":
+        assert mix[0][0] in self.read
+        self.leased.append(mix[0][0])
+        return self
+
+    def release(self) -> None:
+        self.leased.pop()
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device(room=2)
+
+
+@pytest.fixture
+def pins(device: Device) -> Iterator[DevicePins]:
+    made = DevicePins(lambda: device, lambda: device.wanted, device.read.append, device.lease)
+    made.start()
+    yield made
+    made.stop()
+    assert device.leased == []
+
+
+def want(pins: DevicePins, device: Device, wanted: frozenset[AdapterId]) -> None:
+    device.wanted = wanted
+    pins.follow()
+
+
+def test_pins_follow_what_is_wanted(pins: DevicePins, device: Device) -> None:
+    want(pins, device, frozenset({A, B}))
+    for adapter_id in (A, B):
+        pins.wait(adapter_id, 5)
+    assert {*device.pinned} == {A, B}
+    # A name moves on to another version: the old one's room is the new one's.
+    want(pins, device, frozenset({A, C}))
+    pins.wait(C, 5)
+    assert {*device.pinned} == {A, C}
+    want(pins, device, frozenset())
+    until(lambda: device.pinned == [])
+
+
+def test_who_finds_no_room_is_told_and_served_when_there_is_some(pins: DevicePins, device: Device) -> None:
+    device.room = 1
+    want(pins, device, frozenset({A}))
+    pins.wait(A, 5)
+    want(pins, device, frozenset({A, B}))
+    with pytest.raises(Overloaded):
+        pins.wait(B, 5)
+    want(pins, device, frozenset({B}))
+    pins.wait(B, 5)
+    assert device.pinned == [B]
+
+
+def test_weights_that_cannot_be_read_are_an_error_of_their_own(device: Device) -> None:
+    def read(adapter_id: AdapterId) -> None:
+        if adapter_id == A:
+            raise AdapterRefused("its folder is gone")
+        device.read.append(adapter_id)
+
+    pins = DevicePins(lambda: device, lambda: frozenset({A, B}), read, device.lease)
+    pins.start()
+    pins.follow()
+    pins.wait(B, 5)
+    with pytest.raises(AdapterRefused):
+        pins.wait(A, 5)
+    pins.stop()
+
+
+def test_waiting_ends_when_it_is_wanted_no_more(pins: DevicePins, device: Device) -> None:
+    pins.wait(A, 0.01)
+    threads = [threading.Thread(target=pins.wait, args=(A, 5)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    want(pins, device, frozenset())
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_prefetch_holds_the_weights_while_the_engine_takes_them(pins: DevicePins, device: Device) -> None:
+    pins.prefetch(A)
+    assert (device.prefetched, device.leased, device.pinned) == ([A], [], [])
