@@ -47,7 +47,8 @@ class VersionUse:
 
 class Catalog:
     """Every method may be called from any thread. `on_drop` hears, outside the lock, of each version that no
-    name means any more and nobody holds; `on_pins` is called there when other versions are pinned than before."""
+    name means any more and nobody holds; `on_pins` is called there when other versions are pinned than before,
+    `on_room` when memory may have become free."""
 
     def __init__(
         self,
@@ -55,11 +56,13 @@ class Catalog:
         *,
         host_bytes: int | None,
         on_drop: Callable[[AdapterId], None],
+        on_room: Callable[[], None] = lambda: None,
         on_pins: Callable[[], None] = lambda: None,
         events: AdapterEvents | None = None,
     ) -> None:
         self._database = database
         self._on_drop = on_drop
+        self._on_room = on_room
         self._on_pins = on_pins
         self._changed = threading.Condition()  # guards all below
         self._names: dict[str, NameRecord] = {}
@@ -116,6 +119,7 @@ class Catalog:
         self._tell(dropped)
         if has_pinned:
             self._on_pins()
+        self._on_room()
 
     def wait_for_names(self, holds: Callable[[tuple[NameRecord, ...]], bool], timeout: float) -> bool:
         with self._changed:
@@ -141,6 +145,16 @@ class Catalog:
         """Put weights that were read again into memory."""
         with self._changed:
             return self._host.add(adapter)
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Set memory aside for weights that are about to be read; False: requests hold too much of it."""
+        with self._changed:
+            return self._host.reserve(num_bytes)
+
+    def unreserve(self, num_bytes: int) -> None:
+        """What was set aside is in memory, or will not come."""
+        with self._changed:
+            self._host.unreserve(num_bytes)
 
     def held(self, adapter_id: AdapterId) -> Adapter:
         """A leased version's weights; KeyError if nobody holds it."""
@@ -259,6 +273,8 @@ class Catalog:
             dropped = [adapter_id for adapter_id in free if adapter_id not in self._num_wanted]
             self._changed.notify_all()
         self._tell(dropped)
+        if free:
+            self._on_room()
 
     def _tell(self, dropped: Sequence[AdapterId]) -> None:
         for adapter_id in dropped:

@@ -15,7 +15,7 @@ AdapterDigest = NewType("AdapterDigest", str)
 BaseMatch = Literal["fingerprint", "shapes"]
 """How an adapter is known to be for a base: it carries the base's fingerprint, or its tensors alone fit."""
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "overloaded", "error"]
 
 
 @dataclass(frozen=True, order=True)
@@ -233,8 +233,9 @@ class EngineStats:
     """Counters of the engine, copied whole between two steps; readable from any thread.
 
     Held memory belongs to sequences that are running. Cached KV blocks and idle resident adapters are not
-    held: the next request may take their place. `resident_bytes` are those of each of `resident`; `waiting`
-    tells the queue by what its sequences run.
+    held: the next request may take their place. `adapter_bytes_resident` counts adapters on their way too,
+    `resident` only those that have arrived, and `resident_bytes` are those of each of them; `waiting` tells the
+    queue by what its sequences run; `upload_seconds` is the time of all uploads so far, one by one.
     """
 
     num_waiting: int
@@ -258,6 +259,9 @@ class EngineStats:
     num_evictions: int
     heartbeat_seconds: float
     failed: str | None
+    pinned: tuple[AdapterId, ...] = ()
+    num_uploading: int = 0
+    upload_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,7 @@ class AdapterEvents(Protocol):
     """Who is told what becomes of adapters' weights, as it happens. Called from any thread; never waits."""
 
     def adapter_wanted(self, name: str, *, is_resident: bool) -> None:
-        """A sequence was admitted whose adapter was on the device, or had to be moved there first."""
+        """A sequence has come whose adapter is on the device, or has to be moved there first."""
         ...
 
     def adapter_loaded(self, name: str, tier: Tier, seconds: float) -> None: ...

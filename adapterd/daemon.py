@@ -12,6 +12,7 @@ from adapterd.adapter import Adapter
 from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import BaseSpec, Request, RequestId
 from adapterd.database import Database
+from adapterd.device_pins import DevicePins
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
@@ -137,6 +138,12 @@ class Daemon:
             spellings=spellings,
             more_spellings=modules.spellings,
         )
+        pins = DevicePins(
+            lambda: engine,
+            lambda: registry.pinned(),
+            lambda adapter_id: registry.read(adapter_id),
+            lambda mix: registry.lease(mix),
+        )
         registry = AdapterRegistry(
             spec,
             settings.adapters,
@@ -152,6 +159,7 @@ class Daemon:
             cache=cache,
             manifest=None if sources is None else sources.manifest,
             resolve=() if sources is None else sources.resolve,
+            pins=pins,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
         return cls(spec, renderer, registry, engine, metrics)

@@ -62,7 +62,9 @@ class DevicePins:
             self._thread.join()
 
     def follow(self) -> None:
-        """What is wanted may have changed. Returns at once."""
+        """What is wanted may have changed. Returns at once; before `start` there is nobody to be told."""
+        if self._thread is None:
+            return
         with self._changed:
             wanted = self._wanted_now()
             if wanted != self._wanted:

@@ -1,15 +1,14 @@
-"""Weights that a request needs and that are not in memory: read once, however many wait for them."""
+"""Weights that a request needs and that are not in memory: read once, however many wait, when there is room."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
-from adapterd.core import AdapterId
 from adapterd.errors import AdapterRefused, Unavailable
 from adapterd.names import NameRecord, Version
 from adapterd.reading import AdapterReader
+from adapterd.reading_queue import ReadingQueue
 from adapterd.watch import signature_of
 
 
@@ -23,24 +22,22 @@ class Readings:
         self._reader = reader
         self._pool = pool
         self._fetchers = fetchers
-        self._lock = threading.Lock()
-        self._under_way: dict[AdapterId, Future[object]] = {}
+        self._queue = ReadingQueue(self._pool_for, self.weights_of, catalog.reserve, catalog.unreserve)
 
     def begin(self, version: Version) -> "Future[object]":
         """The reading of a version that is under way, or a new one. Raises Unavailable at shutdown."""
-        with self._lock:
-            done = self._under_way.get(version.id)
-            if done is None:
-                pool = self._fetchers if self._reader.needs_download(version) else self._pool
-                done = self._under_way[version.id] = submit(pool, lambda: self._read(version))
-            return done
+        return self._queue.of(version)
 
-    def _read(self, version: Version) -> Adapter:
-        try:
-            return self.weights_of(version)
-        finally:
-            with self._lock:
-                self._under_way.pop(version.id, None)
+    def use_room(self) -> None:
+        """Host memory may have become free: begin what waits for some."""
+        self._queue.begin()
+
+    def close(self) -> None:
+        """Who waits for a reading that has not begun is told that the server is shutting down."""
+        self._queue.close()
+
+    def _pool_for(self, version: Version) -> ThreadPoolExecutor:
+        return self._fetchers if self._reader.needs_download(version) else self._pool
 
     def weights_of(self, version: Version) -> Adapter:
         """A version's weights, read again in this thread if they have left memory."""

@@ -98,7 +98,12 @@ class AdapterRegistry:
         self._pins = pins
         self._database = Database(None) if database is None else database
         self._catalog = Catalog(
-            self._database, host_bytes=host_bytes, on_drop=on_drop, on_pins=self._follow_pins, events=events
+            self._database,
+            host_bytes=host_bytes,
+            on_drop=on_drop,
+            on_room=lambda: self._readings.use_room(),
+            on_pins=self._follow_pins,
+            events=events,
         )
         self._changes = NameChanges(self._catalog)
         self._lookup = Lookup(self._catalog, spec.name, manifest)
@@ -135,6 +140,7 @@ class AdapterRegistry:
         self._watcher.stop()
         if self._manifest is not None:
             self._manifest.stop()
+        self._readings.close()
         for pool in (self._pool, self._fetchers):
             pool.shutdown(wait=True, cancel_futures=True)
         if self._pins is not None:
@@ -161,13 +167,12 @@ class AdapterRegistry:
 
     def resolve_waiting(self, model: str, timeout: float) -> ResolvedModel:
         """The same, waiting for weights that have to be read first."""
+        kept: list[object] = []  # until it is resolved: memory may be too small to keep it for nobody
         while True:
             try:
                 return self.resolve(model)
             except BeingRead as reading:
-                # Held here until it is resolved: memory may be too small to keep it for nobody.
-                kept = reading.done.result(timeout)
-                assert kept is not None
+                kept.append(reading.done.result(timeout))
 
     def lease(self, mix: AdapterMix) -> Lease:
         """Hold the versions of a mix that `resolve` gave, for as long as its result is alive or another holds them."""

@@ -43,7 +43,7 @@ class RequestRecord:
             self._metrics.count_for(self._adapter, "adapterd_output_tokens_total", by=len(output.token_ids))
         if output.finish_reason is not None:
             self._num_unfinished -= 1
-            self._has_failed = self._has_failed or output.finish_reason in ("abort", "error")
+            self._has_failed = self._has_failed or output.finish_reason in ("abort", "overloaded", "error")
 
     def close(self) -> None:
         outcome: Outcome = "finished"

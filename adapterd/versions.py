@@ -30,6 +30,8 @@ class HostVersions:
         self.num_evictions = 0
         self.num_bytes = 0
         self.num_changes = 0
+        self.num_held_bytes = 0
+        self.num_reserved_bytes = 0
 
     def ids(self) -> tuple[AdapterId, ...]:
         """Every version here, those longest unused last."""
@@ -80,6 +82,7 @@ class HostVersions:
             self.num_bytes += adapter.num_bytes
             self.num_changes += 1
         _, count = self._held.get(adapter_id, (adapter, 0))
+        self.num_held_bytes += 0 if count else adapter.num_bytes
         self._held[adapter_id] = adapter, count + 1
 
     def let_go(self, adapter_id: AdapterId) -> bool:
@@ -88,6 +91,7 @@ class HostVersions:
         if count > 1:
             self._held[adapter_id] = adapter, count - 1
             return False
+        self.num_held_bytes -= adapter.num_bytes
         if adapter_id not in self._kept:
             self.num_bytes -= adapter.num_bytes
             self.num_changes += 1
@@ -100,6 +104,26 @@ class HostVersions:
 
     def num_holders(self, adapter_id: AdapterId) -> int:
         return self._held[adapter_id][1] if adapter_id in self._held else 0
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Set bytes aside for a version that is about to be read, or say that there is no room beside what is held and
+        pinned. There always is where nothing is held: one request at a time is served whatever it takes.
+        """
+        staying = self.num_reserved_bytes + self.num_held_bytes
+        pinned = sum(
+            adapter.num_bytes
+            for adapter_id, adapter in self._kept.items()
+            if adapter_id in self.pinned and adapter_id not in self._held
+        )
+        if self.max_bytes is not None and staying and staying + pinned + num_bytes > self.max_bytes:
+            return False
+        self.num_reserved_bytes += num_bytes
+        self._evict()
+        return True
+
+    def unreserve(self, num_bytes: int) -> None:
+        """The version has been read, and counts as what it takes, or will not be."""
+        self.num_reserved_bytes -= num_bytes
 
     def is_held(self, adapter_id: AdapterId) -> bool:
         return adapter_id in self._held
@@ -122,6 +146,7 @@ class HostVersions:
         """The bytes counted are those of what is here."""
         here = {**self._kept, **{adapter_id: adapter for adapter_id, (adapter, _) in self._held.items()}}
         assert self.num_bytes == sum(adapter.num_bytes for adapter in here.values())
+        assert self.num_held_bytes == sum(adapter.num_bytes for adapter, _ in self._held.values())
 
     def _here(self, adapter_id: AdapterId) -> Adapter:
         return self._held[adapter_id][0] if adapter_id in self._held else self._kept[adapter_id]
@@ -136,7 +161,7 @@ class HostVersions:
         if self.max_bytes is None:
             return
         for adapter_id in list(self._kept):
-            if self.num_bytes <= self.max_bytes:
+            if self.num_bytes + self.num_reserved_bytes <= self.max_bytes:
                 return
             if adapter_id not in self._held and adapter_id not in self.pinned and adapter_id != spare:
                 self.discard(adapter_id)

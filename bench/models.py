@@ -7,6 +7,7 @@ n tokens, and each generated token is a chunk of visible text on any server.
     python -m bench.models --out OUT                             # OUT/base, OUT/adapters/adapter-00 .. -07
     python -m bench.models --out OUT --no-base --adapters-in adapters-ranks --ranks 8,16,32,64
     python -m bench.models --out OUT --shape llama-3-8b --adapters 32
+    python -m bench.models --out OUT --shape qwen3-0.2b --adapters 2000 --ranks 8 --targets q_proj,v_proj
 
 The last line of stdout is JSON: paths relative to OUT, and bytes.
 """
@@ -50,6 +51,12 @@ SHAPES: Mapping[str, Any] = {
     "mini": lambda: Qwen3Config(
         vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, **_IDS,
+    ),
+    # Large enough that a step is weights and not overhead, small enough for float32: answers are exact and can be
+    # compared with PEFT's.
+    "qwen3-0.2b": lambda: Qwen3Config(
+        vocab_size=8_000, hidden_size=768, intermediate_size=2304, num_hidden_layers=24, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True, **_IDS,
     ),
     "tiny": lambda: Qwen3Config(
         vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -118,12 +125,11 @@ def make_base(config: Any, directory: Path, seed: int = 0) -> int:
     return sum(weight.nbytes for weight in weights.values())
 
 
-def make_adapter(config: Any, directory: Path, rank: int, seed: int) -> int:
-    """Write a PEFT directory over all linears but the head, bfloat16; returns the bytes of its matrices."""
+def make_adapter(linears: Mapping[str, tuple[int, int]], directory: Path, rank: int, seed: int) -> int:
+    """Write a PEFT directory over these linears, bfloat16; returns the bytes of its matrices."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
-    linears = lora_linears(config)
     for path, (d_out, d_in) in linears.items():
         a = torch.empty(rank, d_in, dtype=torch.bfloat16).normal_(0.0, d_in**-0.5, generator=generator)
         b = torch.empty(d_out, rank, dtype=torch.bfloat16).normal_(0.0, 0.1 * rank**-0.5, generator=generator)
@@ -172,16 +178,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--adapters", type=int, default=8, help="how many")
     parser.add_argument("--ranks", default="16", help="one rank, or several that the adapters take in turn")
+    parser.add_argument(
+        "--targets", default="", help="last names of the linears, with commas (default: all but the head)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters-in", default="adapters", help="their directory below OUT")
     parser.add_argument("--no-base", action="store_true", help="only the adapters, for a base that is there")
     arguments = parser.parse_args(argv)
     config = SHAPES[arguments.shape]()
     ranks = [int(rank) for rank in arguments.ranks.split(",")]
+    targets = [name for name in arguments.targets.split(",") if name]
+    linears = {
+        path: shape
+        for path, shape in lora_linears(config).items()
+        if not targets or path.rpartition(".")[2] in targets
+    }
+    if not linears:
+        parser.error(f"--targets {arguments.targets}: {arguments.shape} has no linear of such a name")
     made = {} if arguments.no_base else {"base": make_base(config, arguments.out / "base", arguments.seed)}
     adapter_bytes = {
         f"{arguments.adapters_in}/adapter-{i:02}": make_adapter(
-            config,
+            linears,
             arguments.out / arguments.adapters_in / f"adapter-{i:02}",
             ranks[i % len(ranks)],
             arguments.seed + 1 + i,

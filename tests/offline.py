@@ -31,6 +31,9 @@ class OfflineSettings:
     max_loras: int | None = None
     max_lora_rank: int | None = None
     host_memory: int | None = None
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
+    max_cpu_loras: int | None = None
     kernels: KernelName = "auto"
     quantization: QuantizationName = "none"
 
@@ -63,6 +66,12 @@ class Offline:
         adapter = read_adapter(directory, name=name, spec=self.base.spec, tokenizer=NO_TOKENIZER)
         self.adapters[name] = self._versions[adapter.id] = adapter
         return adapter.id
+
+    def bring(self, *names: str) -> None:
+        """Have adapters in memory before anyone asks for them."""
+        for name in names:
+            self.engine.prefetch(self.adapters[name].id)
+        collect(self.engine)
 
     def submit(
         self,

@@ -24,12 +24,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapter", "adapter_writer", "render"),
     ("composition", "versions", "watch"),
     ("names",),
-    ("database", "folders", "reading"),
+    ("database", "folders", "reading", "reading_queue"),
     ("catalog",),
     ("changes", "readings", "lookup", "entries", "device_pins"),
     ("first_use", "folder_names", "loading", "manifest_owner"),
     ("registry",),
-    ("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs", "model"),
+    ("engine.waiting",),
+    (
+        *("engine.slots", "engine.residency", "engine.blocks", "engine.scheduler"),
+        *("engine.detokenizer", "engine.outputs", "model"),
+    ),
     ("engine",),
     ("daemon",),
     ("server", "training", "evaluation", "adapter_commands", "daemon_client"),
@@ -38,7 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 NO_TORCH = (
     *("core", "config", "errors", "metrics", "series", "residency", "messages", "server", "cli"),
-    *("engine.slots", "engine.blocks", "engine.scheduler", "engine.detokenizer", "engine.outputs"),
+    *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
+    *("engine.detokenizer", "engine.outputs"),
     *("file_names", "manifest", "sources", "adapter_commands", "daemon_client"),
     "engine.engine",
 )

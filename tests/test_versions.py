@@ -108,3 +108,28 @@ def test_hits_and_misses_are_counted() -> None:
     host.get(a.id)
     assert host.get(AdapterId(AdapterDigest("b"), "b")) is None
     assert (host.num_hits, host.num_misses) == (1, 1)
+
+
+def test_room_is_set_aside_for_what_is_being_read_and_the_longest_unused_leave_for_it() -> None:
+    host = HostVersions(3 * SIZE)
+    for name in "abc":
+        host.add(adapter(name))
+    assert host.reserve(SIZE)
+    assert here(host, *"abc") == ["b", "c"]
+    host.unreserve(SIZE)
+    host.add(adapter("d"))
+    assert here(host, *"abcd") == ["b", "c", "d"]
+
+
+def test_nothing_is_read_while_requests_hold_all_there_is() -> None:
+    host = HostVersions(2 * SIZE)
+    a = host.add(adapter("a"))
+    host.hold(a.id)
+    assert host.reserve(SIZE)
+    assert not host.reserve(SIZE)
+    host.unreserve(SIZE)
+    b = host.add(adapter("b"))
+    host.pin([b.id])
+    assert not host.reserve(1)
+    host.let_go(a.id)
+    assert host.reserve(2 * SIZE)  # for someone alone, whatever it takes

@@ -21,6 +21,7 @@ from adapterd.core import (
     BaseSpec,
     Batch,
     EngineStats,
+    FinishReason,
     Output,
     Request,
     RequestId,
@@ -38,11 +39,25 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Output]], None]
 
+PINNED_RETRY_SECONDS = 10
+"""What clients are told to wait where all adapter memory is pinned: until an operator has done something."""
+
+_UPLOAD_POLL_SECONDS = 0.05
+
+
+Uploaded = Callable[[AdapterId, str | None], None]
+"""Told, from any thread, that an upload has ended, and why it came to nothing if it did."""
+
 
 class BatchRunner(Protocol):
-    """The seam to the device; `model.runner.Runner` is the real one."""
+    """The seam to the device; `model.runner.Runner` is the real one.
+
+    `run` begins the batch's uploads and does not wait for them; each is told once to what `on_uploaded` was given.
+    """
 
     def run(self, batch: Batch) -> list[SampledToken]: ...
+
+    def on_uploaded(self, tell: Uploaded) -> None: ...
 
 
 class HostWeights(Protocol):
@@ -91,9 +106,17 @@ class Engine:
         self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
+        self._wished: list[
+            AdapterMix
+        ] = []  # pins and prefetches whose weights are held until they are uploaded
+        self._refused: list[Output] = []
+        self._upload_began: dict[AdapterId, float] = {}
+        self._upload_seconds = 0.0
+        runner.on_uploaded(lambda adapter_id, error: self._post(lambda: self._uploaded(adapter_id, error)))
 
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()  # guarded by _changed, as all below
+        self._pinned_pages: dict[AdapterId, int] = {}
         self._num_submitted = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -108,12 +131,14 @@ class Engine:
         """Queue a request whose adapters the caller has leased; from here on the engine holds their weights.
 
         Raises ContextLengthExceeded, InvalidRequest (token ids that are none), AdapterRefused (adapter memory
-        cannot hold its adapters together), Overloaded (queue full) or Unavailable (engine dead or stopping).
+        cannot hold its adapters together), Overloaded (queue full, or adapter memory full of pinned ones) or
+        Unavailable (engine dead or stopping).
         """
         self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
         self._check_token_ids(request)
-        self._check_adapters(request.mix)
+        pages = self._pages_of(request.mix)
         with self._changed:
+            self._check_beside_pinned(pages)
             if self._failed is not None:
                 raise Unavailable(f"the engine has stopped: {self._failed}")
             if self._stopping:
@@ -149,28 +174,82 @@ class Engine:
                 param="prompt",
             )
 
-    def _check_adapters(self, mix: AdapterMix) -> None:
-        """A mix that cannot be resident at once would wait for ever, and in time keep everyone behind it out."""
+    def _pages_of(self, mix: AdapterMix) -> dict[AdapterId, int]:
+        """What each adapter of a leased mix takes. A mix that can never be resident at once would wait for ever."""
         memory = self._memory
         self._weights.hold(mix)
-        needed = sum(memory.pages_of(adapter_id) for adapter_id in {adapter_id for adapter_id, _ in mix})
+        pages = {adapter_id: memory.pages_of(adapter_id) for adapter_id, _ in mix}
         self._weights.release(mix)
-        if needed > memory.num_adapter_pages:
-            names = " and ".join(f"'{adapter_id.name}'" for adapter_id, _ in mix)
-            mib = memory.adapter_page_bytes / 2**20
+        if sum(pages.values()) > memory.num_adapter_pages:
+            names = " and ".join(f"'{adapter_id.name}'" for adapter_id in pages)
             raise AdapterRefused(
-                f"{names} need {needed * mib:.1f} MiB of adapter memory at once and the budget is "
-                f"{memory.num_adapter_pages * mib:.1f} MiB; start with a larger --adapter-memory",
+                f"{names} need {self._mib(sum(pages.values()))} of adapter memory at once and the budget is "
+                f"{self._mib(memory.num_adapter_pages)}; start with a larger --adapter-memory",
                 param="model",
             )
+        return pages
+
+    def _check_beside_pinned(self, pages: dict[AdapterId, int]) -> None:
+        """Raise Overloaded where pinned adapters leave too little; called with the lock held."""
+        if not pages or not self._pinned_pages:
+            return
+        others = sum(count for pinned, count in self._pinned_pages.items() if pinned not in pages)
+        if others + sum(pages.values()) > self._memory.num_adapter_pages:
+            names = " and ".join(f"'{adapter_id.name}'" for adapter_id in pages)
+            raise Overloaded(
+                f"no adapter memory for {names}: {self._mib(sum(pages.values()))} are needed, and pinned adapters "
+                f"take {self._mib(others)} of {self._mib(self._memory.num_adapter_pages)}; unpin one, or start with "
+                "a larger --adapter-memory",
+                retry_after_seconds=PINNED_RETRY_SECONDS,
+            )
+
+    def _mib(self, num_pages: int) -> str:
+        return f"{num_pages * self._memory.adapter_page_bytes / 2**20:.1f} MiB"
 
     def abort(self, request_id: RequestId) -> None:
         """Free a request's sequences before the next step. Finished and unknown ids are harmless."""
         self._post(lambda: self._abort(request_id))
 
     def retire(self, adapter_id: AdapterId) -> None:
-        """A version nobody will ask for again: free its device memory as soon as nothing runs it."""
-        self._post(lambda: self._slots.retire(adapter_id))
+        """A version nobody will ask for again, pinned or not: free its device memory as soon as nothing runs it."""
+        with self._changed:
+            self._pinned_pages.pop(adapter_id, None)
+        self._post(lambda: self._scheduler.residency.retire(adapter_id))
+
+    def pin(self, adapter_id: AdapterId) -> None:
+        """Upload a version that the caller has leased before all others, and keep it in adapter memory.
+
+        Returns at once; `wait_resident` waits. Pinning twice is harmless. Raises AdapterRefused (larger than all
+        adapter memory) or Overloaded (too little is left beside what is pinned).
+        """
+        mix = ((adapter_id, 1.0),)
+        pages = self._pages_of(mix)
+        with self._changed:
+            self._check_beside_pinned(pages)
+            self._pinned_pages |= pages
+        self._wish(mix, lambda: self._scheduler.residency.pin(adapter_id))
+
+    def unpin(self, adapter_id: AdapterId) -> None:
+        """From now on the version may leave like any other. Harmless if it is not pinned."""
+        with self._changed:
+            self._pinned_pages.pop(adapter_id, None)
+        self._post(lambda: self._scheduler.residency.unpin(adapter_id))
+
+    def prefetch(self, adapter_id: AdapterId) -> None:
+        """Upload a version that the caller has leased, if there is room that no waiting sequence needs.
+
+        Raises AdapterRefused or Overloaded as `pin` does.
+        """
+        mix = ((adapter_id, 1.0),)
+        pages = self._pages_of(mix)
+        with self._changed:
+            self._check_beside_pinned(pages)
+        self._wish(mix, lambda: self._scheduler.residency.prefetch(adapter_id))
+
+    def wait_resident(self, adapter_id: AdapterId, timeout: float) -> bool:
+        """Wait until a version is in adapter memory, at most `timeout` seconds; whether that came about."""
+        with self._changed:
+            return self._changed.wait_for(lambda: adapter_id in self._stats.resident, timeout)
 
     def stats(self) -> EngineStats:
         """The counters as of the last step."""
@@ -203,13 +282,19 @@ class Engine:
         self._scheduler.update(batch, finished, spoiled)
         for sequence in finished:
             self._forget(sequence)
+        self._release_wished()
         self._num_steps += 1
         self._num_tokens_computed += batch.num_tokens
-        self._stats = self._snapshot()
-        return [output for _, output in built]
+        self._publish_stats()
+        refused, self._refused = self._refused, []
+        if not batch.scheduled and not refused:
+            self._wait_for_uploads()
+        return [*refused, *(output for _, output in built)]
 
     def has_work(self) -> bool:
-        return bool(self._inbox or self._scheduler.running or self._scheduler.waiting)
+        return bool(
+            self._inbox or self._scheduler.running or self._scheduler.waiting or self._slots.num_uploading
+        )
 
     def check_integrity(self) -> None:
         """Books balance. Only between steps."""
@@ -236,19 +321,74 @@ class Engine:
                 self._stats = self._snapshot()
             return not self._stopping
 
+    def _wait_for_uploads(self) -> None:
+        """Nothing could be computed: sleep until an adapter has come, for a bounded time, since waits have ends."""
+        with self._changed:
+            if not self._inbox and not self._stopping and self.has_work():
+                self._changed.wait(timeout=_UPLOAD_POLL_SECONDS)
+
     def _post(self, wish: Callable[[], None]) -> None:
         with self._changed:
             self._inbox.append(wish)
             self._changed.notify()
 
+    def _wish(self, mix: AdapterMix, wish: Callable[[], None]) -> None:
+        """Post a wish for a leased adapter, whose weights are held until it is uploaded or the wish is void."""
+
+        def take() -> None:
+            self._wished.append(mix)
+            wish()
+
+        with self._changed:
+            self._weights.hold(mix)
+            self._inbox.append(take)
+            self._changed.notify()
+
+    def _release_wished(self) -> None:
+        """The runner has taken the weights of whatever was to be uploaded; pins that found no room go on waiting."""
+        residency = self._scheduler.residency
+        waiting = [mix for mix in self._wished if residency.is_wanted(mix[0][0])]
+        for mix in self._wished:
+            if mix not in waiting:
+                self._weights.release(mix)
+        self._wished = waiting
+
+    def _uploaded(self, adapter_id: AdapterId, error: str | None) -> None:
+        self._upload_seconds += self._clock() - self._upload_began.pop(adapter_id)
+        if error is None:
+            self._slots.arrived(adapter_id)
+            return
+        with self._changed:
+            self._pinned_pages.pop(adapter_id, None)
+        for sequence in self._scheduler.upload_failed(adapter_id):
+            self._refuse(sequence, "error", f"the adapter {adapter_id.name!r} could not be uploaded: {error}")
+
+    def _refuse(self, sequence: Sequence, reason: FinishReason, error: str) -> None:
+        """End a sequence that cannot run; said with the outputs of this step."""
+        self._forget(sequence)
+        self._refused.append(_ended(sequence, reason, error))
+
     def _schedule(self) -> Batch:
         num_taken = self._take_inbox()
         batch = self._scheduler.schedule()
+        self._upload_began |= dict.fromkeys(batch.uploads, self._clock())
+        for sequence in self._scheduler.take_refused():
+            self._refuse(
+                sequence, "overloaded", "pinned adapters take the memory that this request's adapter needs"
+            )
         with self._changed:
             # From here on the stats say who waits: a long step must not hide anyone from the queue's bound.
             self._num_submitted -= num_taken
             self._stats = self._snapshot()
         return batch
+
+    def _publish_stats(self) -> None:
+        stats = self._snapshot()
+        with self._changed:
+            has_moved = stats.resident != self._stats.resident
+            self._stats = stats
+            if has_moved:
+                self._changed.notify_all()  # whoever waits for an adapter
 
     def _take_inbox(self) -> int:
         """Do what other threads asked for; returns how many sequences they had submitted."""
@@ -280,21 +420,7 @@ class Engine:
         self._take_inbox()
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
         self._stats = self._snapshot()
-        return [
-            Output(
-                request_id=sequence.request.id,
-                index=sequence.index,
-                token_ids=(),
-                text="",
-                logprobs=(),
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_cached_tokens=0,
-                num_output_tokens=sequence.num_output_tokens,
-                finish_reason="error",
-                error=reason,
-            )
-            for sequence in sequences
-        ]
+        return [_ended(sequence, "error", reason) for sequence in sequences]
 
     def _snapshot(self) -> EngineStats:
         page_bytes = self._memory.adapter_page_bytes
@@ -311,7 +437,7 @@ class Engine:
             adapter_bytes_held=self._slots.num_held_pages * page_bytes,
             resident=self._slots.resident,
             resident_bytes=tuple(pages * page_bytes for pages in self._slots.resident_pages),
-            waiting=tuple(self._scheduler.num_waiting_by_mix.items()),
+            waiting=self._scheduler.waiting.num_by_mix(),
             num_steps=self._num_steps,
             num_tokens_computed=self._num_tokens_computed,
             num_preemptions=self._scheduler.num_preemptions,
@@ -321,7 +447,26 @@ class Engine:
             num_evictions=self._slots.num_evictions,
             heartbeat_seconds=self._clock(),
             failed=self._failed,
+            pinned=self._slots.pinned,
+            num_uploading=self._slots.num_uploading,
+            upload_seconds=self._upload_seconds,
         )
+
+
+def _ended(sequence: Sequence, reason: FinishReason, error: str) -> Output:
+    """The last output of a sequence that ends without an answer of its own."""
+    return Output(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        token_ids=(),
+        text="",
+        logprobs=(),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=0,
+        num_output_tokens=sequence.num_output_tokens,
+        finish_reason=reason,
+        error=error,
+    )
 
 
 def _sequence_seed(seed: int, index: int) -> int:

@@ -4,30 +4,34 @@ There is no prefill or decode: a step computes some of `num_tokens - num_compute
 chunks, a prefix found in the cache and a sequence that lost its memory are the same case.
 """
 
-from collections import Counter, deque
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from adapterd.core import AdapterMix, Batch, RequestId, ScheduledSequence, Sequence, SequenceState
+from adapterd.core import AdapterId, Batch, RequestId, ScheduledSequence, Sequence, SequenceState
 from adapterd.engine.blocks import BlockPool, hash_blocks
+from adapterd.engine.residency import Residency
 from adapterd.engine.slots import AdapterSlots
+from adapterd.engine.waiting import Line, WaitingLines
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
     """max_num_batched_tokens: in one step; max_num_seqs: running at once.
 
-    max_adapter_wait_seconds: a sequence whose adapter finds no memory is passed by for so long; then nobody
-    is admitted before it, and the running ones finish and make room.
+    max_adapter_wait_seconds: a sequence whose adapter finds no memory is passed by for so long; then the adapters that
+    will soonest be done take no new sequences until there is room for it. max_adapter_drain_seconds: after so long
+    those sequences are set back instead of waited for.
     """
 
     max_num_batched_tokens: int
     max_num_seqs: int
     max_adapter_wait_seconds: float = 1.0
+    max_adapter_drain_seconds: float = 10.0
 
 
 class Scheduler:
-    """Waiting and running sequences, first come first served."""
+    """Waiting and running sequences, first come first served as far as their adapters are in memory."""
 
     def __init__(
         self, blocks: BlockPool, slots: AdapterSlots, limits: SchedulerLimits, clock: Callable[[], float]
@@ -36,9 +40,16 @@ class Scheduler:
         self._slots = slots
         self._limits = limits
         self._clock = clock
-        self.waiting: deque[Sequence] = deque()
-        self.num_waiting_by_mix: Counter[AdapterMix] = Counter()
+        self.residency = Residency(
+            slots,
+            clock,
+            max_wait_seconds=limits.max_adapter_wait_seconds,
+            max_drain_seconds=limits.max_adapter_drain_seconds,
+            lookahead=limits.max_num_seqs,
+        )
+        self.waiting = WaitingLines()
         self.running: list[Sequence] = []  # oldest first
+        self._refused: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
         self.num_prefix_query_tokens = 0
@@ -46,10 +57,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
         self.waiting.append(sequence)
-        self.num_waiting_by_mix[sequence.mix] += 1
+        self._slots.want(sequence.mix)
 
     def schedule(self) -> Batch:
         """The next step's batch: running sequences first, then as many waiting ones as fit."""
+        self._plan_adapters()
         chosen: dict[int, ScheduledSequence] = {}
         budget = self._schedule_running(chosen, self._limits.max_num_batched_tokens)
         self._admit(chosen, budget)
@@ -57,6 +69,20 @@ class Scheduler:
         # Neighbours of one mix become one segment; the base's empty mix sorts first.
         scheduled = sorted(chosen.values(), key=lambda item: item.sequence.mix)
         return Batch(tuple(scheduled), evictions, uploads)
+
+    def take_refused(self) -> list[Sequence]:
+        """Sequences taken out since last asked, since what is pinned leaves their adapters no room."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def upload_failed(self, adapter_id: AdapterId) -> list[Sequence]:
+        """Forget an adapter whose upload came to nothing; the sequences that waited for it, taken out."""
+        waited = [s for s in self.waiting if any(adapter_id == other for other, _ in s.mix)]
+        for sequence in waited:
+            self._finish(sequence)
+        self._slots.arrived(adapter_id)
+        self.residency.retire(adapter_id)
+        return waited
 
     def update(self, batch: Batch, finished: Iterable[Sequence], spoiled: Iterable[Sequence] = ()) -> None:
         """The batch has run: count its tokens as computed, publish full blocks, free what is finished.
@@ -95,6 +121,7 @@ class Scheduler:
                 returned = chosen.pop(id(victim), None)
                 budget += returned.num_tokens if returned else 0
                 self._preempt(victim)
+                self.waiting.append_first(victim)
                 if victim is sequence:
                     break
             else:
@@ -102,30 +129,51 @@ class Scheduler:
                 budget -= count
         return budget
 
+    def _plan_adapters(self) -> None:
+        plan = self.residency.plan(self.waiting.lines(), self.running)
+        for line in plan.hopeless:
+            for _, sequence in tuple(line.entries):
+                self._finish(sequence)
+                self._refused.append(sequence)
+        for sequence in plan.set_back:
+            self._preempt(sequence)
+            self.waiting.append(sequence)
+
     def _admit(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
-        passed_by: list[Sequence] = []
-        refused: set[AdapterMix] = set()  # pages only become fewer while sequences are admitted
-        while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
-            sequence = self.waiting[0]
+        """Sequences whose adapters are in memory start in the order in which they came, and pass the others by."""
+        lines = self.waiting.lines()
+        if not lines or budget == 0 or len(self.running) >= self._limits.max_num_seqs:
+            return
+        ready = [(line.place, line) for line in lines if self.residency.may_start(line.mix)]
+        heapq.heapify(ready)
+        last: int | None = None
+        while ready and budget > 0 and len(self.running) < self._limits.max_num_seqs:
+            place, line = ready[0]
+            sequence = line.first
             cached = self._cached_prefix(sequence)
             needed = -(-sequence.num_tokens // self._blocks.block_size) - len(cached)
             if needed > self._blocks.num_free - self._blocks.num_free_among(cached):
                 break
-            if sequence.mix in refused or not self._slots.hold(sequence.mix):
-                refused.add(sequence.mix)
-                if sequence.passed_by_since_seconds is None:
-                    sequence.passed_by_since_seconds = self._clock()
-                waited = self._clock() - sequence.passed_by_since_seconds
-                if waited > self._limits.max_adapter_wait_seconds:
-                    break
-                passed_by.append(self.waiting.popleft())
-                continue
-            self.waiting.popleft()
+            self.waiting.pop(line)
             self._start(sequence, cached, needed)
+            last = place
+            if line.entries:
+                heapq.heapreplace(ready, (line.place, line))
+            else:
+                heapq.heappop(ready)
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
             budget -= count
-        self.waiting.extendleft(reversed(passed_by))
+        has_room = not ready and budget > 0 and len(self.running) < self._limits.max_num_seqs
+        self._note_passed_by(lines, last, everyone=has_room)
+
+    def _note_passed_by(self, lines: list[Line], last: int | None, *, everyone: bool) -> None:
+        """From when on a sequence waits for its adapter alone: somebody behind it has started, or could have."""
+        for line in lines:
+            if not line.entries or line.first.passed_by_since_seconds is not None:
+                continue
+            if (everyone or (last is not None and line.place < last)) and not self._slots.is_ready(line.mix):
+                line.first.passed_by_since_seconds = self._clock()
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of a waiting sequence. Its last token is always computed: it predicts the next."""
@@ -136,6 +184,7 @@ class Scheduler:
         return self._blocks.match(sequence.block_hashes[: (sequence.num_tokens - 1) // size])
 
     def _start(self, sequence: Sequence, cached: list[int], num_new_blocks: int) -> None:
+        self._slots.hold(sequence.mix)
         self._blocks.hold(cached)
         sequence.block_table = cached + self._blocks.take(num_new_blocks)
         sequence.num_computed_tokens = len(cached) * self._blocks.block_size
@@ -144,7 +193,6 @@ class Scheduler:
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
         sequence.state = SequenceState.RUNNING
-        self._count_out(sequence)
         sequence.passed_by_since_seconds = None
         self.running.append(sequence)
 
@@ -157,20 +205,17 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's memory; it comes back first in the queue and computes its tokens again."""
+        """Take a running sequence's memory; it computes its tokens again when it comes back."""
         self._give_back(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING
-        self.waiting.appendleft(sequence)
-        self.num_waiting_by_mix[sequence.mix] += 1
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
             self._give_back(sequence)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
-            self._count_out(sequence)
         sequence.state = SequenceState.FINISHED
 
     def _give_back(self, sequence: Sequence) -> None:
@@ -180,16 +225,9 @@ class Scheduler:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
-    def _count_out(self, sequence: Sequence) -> None:
-        """One less that waits. What nobody waits for has no entry, so that the books stay as small as the queue."""
-        self.num_waiting_by_mix[sequence.mix] -= 1
-        if not self.num_waiting_by_mix[sequence.mix]:
-            del self.num_waiting_by_mix[sequence.mix]
-
     def check_integrity(self) -> None:
         """Every held block is in the tables of running sequences, and the books below balance."""
         self._blocks.check_integrity()
         self._slots.check_integrity()
         held = {block for sequence in self.running for block in sequence.block_table}
         assert len(held) == self._blocks.num_held
-        assert self.num_waiting_by_mix == Counter(sequence.mix for sequence in self.waiting)

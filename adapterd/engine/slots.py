@@ -1,24 +1,30 @@
-"""Which adapters are resident in adapter memory. Bookkeeping only: model/runner.py moves the bytes. No torch.
+"""The books of adapter memory: which adapters have pages there, who holds them, which are pinned. No torch.
 
-An adapter is held while a sequence that runs it is scheduled; idle ones stay resident, the longest unused
-leaving first when another needs their pages.
+An adapter's pages are booked when its upload begins and it can run when the upload has ended. Held is what running
+sequences use; the rest is idle and stays until `engine/residency.py` gives its pages to another. model/runner.py
+moves the bytes.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from adapterd.core import AdapterEvents, AdapterId, AdapterMix, Unobserved
 
+_MAX_REMEMBERED_SIZES = 4096
+
 
 @dataclass
-class _Resident:
+class _Booked:
     num_pages: int
     num_holders: int = 0
+    is_uploaded: bool = False
+    is_retired: bool = False
 
 
 class AdapterSlots:
-    """Pages booked by adapter. `pages_of` says what a version costs; it is asked when one becomes resident."""
+    """Pages booked by adapter. `pages_of` says what a version costs; it is asked while its weights are held."""
 
     def __init__(
         self,
@@ -28,71 +34,148 @@ class AdapterSlots:
         events: AdapterEvents | None = None,
     ) -> None:
         self.num_pages = num_pages
-        self._pages_of = pages_of
         self._events: AdapterEvents = Unobserved() if events is None else events
-        self._resident: OrderedDict[AdapterId, _Resident] = OrderedDict()  # longest unused first
-        self._retired: set[AdapterId] = set()
+        # A version's size never changes, and to work it out for everyone who waits would cost each step.
+        self.pages_of = lru_cache(_MAX_REMEMBERED_SIZES)(pages_of)
+        self._booked: OrderedDict[AdapterId, _Booked] = OrderedDict()  # longest unused first
+        self._pinned: set[AdapterId] = set()
         self._evictions: list[AdapterId] = []
         self._uploads: list[AdapterId] = []
         self.num_free_pages = num_pages
         self.num_held_pages = 0
         self.resident: tuple[AdapterId, ...] = ()
         self.resident_pages: tuple[int, ...] = ()  # of each of `resident`
+        self.num_uploading = 0
         self.num_uploads = 0
         self.num_evictions = 0
 
-    def hold(self, mix: AdapterMix) -> bool:
-        """Make every adapter of a mix resident and hold it, or change nothing and return False.
+    # What there is
 
-        What must be moved for it is told by the next `take_moves`.
-        """
-        ids = [adapter_id for adapter_id, _ in mix]
-        missing = {
-            adapter_id: self._pages_of(adapter_id) for adapter_id in ids if adapter_id not in self._resident
-        }
-        idle = [i for i, entry in self._resident.items() if not entry.num_holders and i not in ids]
-        needed = sum(missing.values()) - self.num_free_pages
-        if needed > sum(self._resident[adapter_id].num_pages for adapter_id in idle):
-            return False
-        for adapter_id in idle:
-            if needed <= 0:
-                break
-            needed -= self._resident[adapter_id].num_pages
-            self._evict(adapter_id)
-        for adapter_id, num_pages in missing.items():
-            self._resident[adapter_id] = _Resident(num_pages)
-            self.num_free_pages -= num_pages
-            self._uploads.append(adapter_id)
-            self.num_uploads += 1
-        for adapter_id in ids:
-            entry = self._resident[adapter_id]
-            self.num_held_pages += 0 if entry.num_holders else entry.num_pages
-            entry.num_holders += 1
-            self._resident.move_to_end(adapter_id)
-            self._events.adapter_wanted(adapter_id.name, is_resident=adapter_id not in missing)
-        if missing:
-            self._show_resident()
-        return True
+    def is_booked(self, mix: AdapterMix) -> bool:
+        """Whether every adapter of a mix has its pages; some may still be on their way."""
+        return all(adapter_id in self._booked for adapter_id, _ in mix)
+
+    def is_ready(self, mix: AdapterMix) -> bool:
+        """Whether a sequence of this mix could run now."""
+        booked = self._booked
+        return all(adapter_id in booked and booked[adapter_id].is_uploaded for adapter_id, _ in mix)
+
+    def num_missing_pages(self, mix: AdapterMix) -> int:
+        """Pages to book before a mix can be uploaded whole."""
+        missing = {adapter_id for adapter_id, _ in mix if adapter_id not in self._booked}
+        return sum(self.pages_of(adapter_id) for adapter_id in missing)
+
+    def can_ever_hold(self, mix: AdapterMix) -> bool:
+        """Whether a mix fits beside everything pinned."""
+        pinned = self._pinned | {adapter_id for adapter_id, _ in mix}
+        return sum(self._size(adapter_id) for adapter_id in pinned) <= self.num_pages
+
+    def idle(self) -> Iterable[AdapterId]:
+        """What could be evicted now, longest unused first."""
+        return [
+            adapter_id
+            for adapter_id, booked in self._booked.items()
+            if booked.is_uploaded and not booked.num_holders and adapter_id not in self._pinned
+        ]
+
+    def held(self) -> Iterable[AdapterId]:
+        """What could be evicted once its holders have let go."""
+        return [
+            adapter_id
+            for adapter_id, booked in self._booked.items()
+            if booked.num_holders and adapter_id not in self._pinned
+        ]
+
+    def is_pinned(self, adapter_id: AdapterId) -> bool:
+        return adapter_id in self._pinned
+
+    @property
+    def pinned(self) -> tuple[AdapterId, ...]:
+        """Pinned adapters, whether they have arrived or not."""
+        return tuple(self._pinned)
+
+    # Sequences
+
+    def want(self, mix: AdapterMix) -> None:
+        """A sequence of this mix has come to wait: whether its adapters are there already is what events tell."""
+        for adapter_id, _ in mix:
+            booked = self._booked.get(adapter_id)
+            is_resident = booked is not None and booked.is_uploaded
+            self._events.adapter_wanted(adapter_id.name, is_resident=is_resident)
+
+    def hold(self, mix: AdapterMix) -> None:
+        """A sequence begins to run a mix that is ready."""
+        for adapter_id, _ in mix:
+            booked = self._booked[adapter_id]
+            assert booked.is_uploaded
+            self.num_held_pages += 0 if booked.num_holders else booked.num_pages
+            booked.num_holders += 1
+            self._booked.move_to_end(adapter_id)
 
     def release(self, mix: AdapterMix) -> None:
         """One holder less for every adapter of a mix."""
         for adapter_id, _ in mix:
-            entry = self._resident[adapter_id]
-            entry.num_holders -= 1
-            if entry.num_holders == 0:
-                self.num_held_pages -= entry.num_pages
-                if adapter_id in self._retired:
-                    self._evict(adapter_id)
+            booked = self._booked[adapter_id]
+            booked.num_holders -= 1
+            if booked.num_holders == 0:
+                self.num_held_pages -= booked.num_pages
+                self._booked.move_to_end(adapter_id)
+                if booked.is_retired:
+                    self.evict(adapter_id)
+
+    # Coming and going
+
+    def load(self, mix: AdapterMix) -> None:
+        """Book the missing pages of a mix, which must be free, and have its adapters uploaded."""
+        for adapter_id, _ in mix:
+            if adapter_id not in self._booked:
+                num_pages = self.pages_of(adapter_id)
+                assert num_pages <= self.num_free_pages
+                self._booked[adapter_id] = _Booked(num_pages)
+                self.num_free_pages -= num_pages
+                self._uploads.append(adapter_id)
+                self.num_uploads += 1
+                self.num_uploading += 1
+
+    def arrived(self, adapter_id: AdapterId) -> None:
+        """An upload has ended: the adapter can run."""
+        booked = self._booked[adapter_id]
+        assert not booked.is_uploaded
+        booked.is_uploaded = True
+        self.num_uploading -= 1
+        self._show_resident()
+        if booked.is_retired:
+            self.evict(adapter_id)
+
+    def evict(self, adapter_id: AdapterId) -> None:
+        """Take the pages of an adapter that nobody holds and that is not on its way."""
+        booked = self._booked.pop(adapter_id)
+        assert booked.is_uploaded
+        assert not booked.num_holders
+        self.num_free_pages += booked.num_pages
+        self._show_resident()
+        self._evictions.append(adapter_id)
+        self.num_evictions += 1
+        self._events.adapter_evicted(adapter_id.name, "device")
 
     def retire(self, adapter_id: AdapterId) -> None:
-        """A version that nobody will ask for again: it leaves as soon as nobody holds it."""
-        entry = self._resident.get(adapter_id)
-        if entry is None:
+        """A version that nobody will ask for again: it leaves as soon as nobody holds it, pinned or not."""
+        self._pinned.discard(adapter_id)
+        booked = self._booked.get(adapter_id)
+        if booked is None:
             return
-        if entry.num_holders:
-            self._retired.add(adapter_id)
+        if booked.num_holders or not booked.is_uploaded:
+            booked.is_retired = True
         else:
-            self._evict(adapter_id)
+            self.evict(adapter_id)
+
+    def pin(self, adapter_id: AdapterId) -> None:
+        """Never evict an adapter, here or once it has come."""
+        self._pinned.add(adapter_id)
+
+    def unpin(self, adapter_id: AdapterId) -> None:
+        """It may leave like any other. Harmless if it is not pinned."""
+        self._pinned.discard(adapter_id)
 
     def take_moves(self) -> tuple[tuple[AdapterId, ...], tuple[AdapterId, ...]]:
         """(evictions, uploads) decided since last asked; evictions first, since uploads need their pages."""
@@ -100,24 +183,21 @@ class AdapterSlots:
         self._evictions, self._uploads = [], []
         return moves
 
-    def _evict(self, adapter_id: AdapterId) -> None:
-        self.num_free_pages += self._resident.pop(adapter_id).num_pages
-        self._show_resident()
-        self._retired.discard(adapter_id)
-        if adapter_id in self._uploads:
-            self._uploads.remove(adapter_id)
-        else:
-            self._evictions.append(adapter_id)
-            self.num_evictions += 1
-            self._events.adapter_evicted(adapter_id.name, "device")
-
     def _show_resident(self) -> None:
-        self.resident = tuple(self._resident)
-        self.resident_pages = tuple(entry.num_pages for entry in self._resident.values())
+        """Longest unused first, as of the last change of who is there."""
+        there = [(adapter_id, booked) for adapter_id, booked in self._booked.items() if booked.is_uploaded]
+        self.resident = tuple(adapter_id for adapter_id, _ in there)
+        self.resident_pages = tuple(booked.num_pages for _, booked in there)
+
+    def _size(self, adapter_id: AdapterId) -> int:
+        booked = self._booked.get(adapter_id)
+        return self.pages_of(adapter_id) if booked is None else booked.num_pages
 
     def check_integrity(self) -> None:
-        """free + resident = total, and held is what residents with holders take."""
-        entries = self._resident.values()
+        """free + booked = total, and held is what those with holders take."""
+        entries = self._booked.values()
         assert self.num_free_pages + sum(entry.num_pages for entry in entries) == self.num_pages
         assert self.num_held_pages == sum(entry.num_pages for entry in entries if entry.num_holders)
-        assert self._retired <= set(self._resident)
+        assert set(self.resident) == {i for i, entry in self._booked.items() if entry.is_uploaded}
+        assert all(entry.is_uploaded for entry in entries if entry.num_holders)
+        assert self.num_uploading == sum(not entry.is_uploaded for entry in entries)

@@ -101,7 +101,8 @@ class CudaGraphRecorder:
             forward()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread alone: an adapter may be on its way in another, and what that calls is not to be recorded.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = forward()
 
         def replay() -> torch.Tensor:

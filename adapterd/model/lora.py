@@ -68,8 +68,15 @@ Products = Mapping[str, tuple[LoraProduct, ...]]
 """Module path -> what to add there."""
 
 
+Copy = Callable[[torch.Tensor, torch.Tensor], object]
+"""(target, source): fill a view of the bank from host memory."""
+
+
 class LoraBank:
-    """Device memory of adapters. `upload` and `evict` follow the decisions of engine/slots.py."""
+    """Device memory of adapters. `take`, `fill` and `evict` follow the decisions of engine/slots.py.
+
+    `fill` may run in a thread of its own, beside steps that use other adapters; the rest belongs to the runner's.
+    """
 
     def __init__(
         self,
@@ -91,30 +98,41 @@ class LoraBank:
         return self.geometry.num_pages((m.module, m.a.shape[0]) for m in adapter.modules)
 
     def upload(self, adapter: Adapter) -> None:
-        """Copy an adapter's matrices into free pages. slots.py has made sure that they suffice."""
-        digest = adapter.id.digest
+        """Both at once, for whoever has nothing else to do."""
+        self.take(adapter)
+        self.fill(adapter)
+
+    def take(self, adapter: Adapter) -> None:
+        """Set pages aside for an adapter. engine/slots.py has made sure that they suffice."""
         num_pages = self.pages_of(adapter)
-        assert digest not in self._pages
+        assert adapter.id.digest not in self._pages
         assert num_pages <= len(self._free)
-        pages, self._free = self._free[:num_pages], self._free[num_pages:]
-        self._pages[digest] = pages
+        self._pages[adapter.id.digest], self._free = self._free[:num_pages], self._free[num_pages:]
+
+    def fill(self, adapter: Adapter, copy: Copy = torch.Tensor.copy_) -> None:
+        """Copy an adapter's matrices into the pages taken for it; from then on it has products."""
+        pages = self._pages[adapter.id.digest]
         products: dict[str, tuple[LoraProduct, ...]] = {}
         taken = 0
         for matrices in adapter.modules:
             count = self.geometry.num_pages([(matrices.module, matrices.a.shape[0])])
             runs = _consecutive_runs(pages[taken : taken + count])
             taken += count
-            products[matrices.module] = self._fill(matrices.a, matrices.b, matrices.scale, runs)
-        self._products[digest] = products
+            products[matrices.module] = self._fill(matrices.a, matrices.b, matrices.scale, runs, copy)
+        self._products[adapter.id.digest] = products
 
     def evict(self, adapter_id: AdapterId) -> None:
-        """Give an adapter's pages back. Its views must not be used after."""
-        self._products.pop(adapter_id.digest)
+        """Give an adapter's pages back, filled or not. Its views must not be used after."""
+        self._products.pop(adapter_id.digest, None)
         self._free = sorted(self._free + self._pages.pop(adapter_id.digest))
-        self._mixes.clear()
+        # Only its own mixes: to put those of everyone else together again would cost the next step.
+        for mix in [mix for mix in self._mixes if any(other == adapter_id for other, _ in mix)]:
+            del self._mixes[mix]
 
     def products(self, mix: AdapterMix) -> Products:
         """What a mix adds, module by module; each factor multiplies its adapter's own scale."""
+        if len(mix) == 1 and mix[0][1] == 1.0:
+            return self._products[mix[0][0].digest]
         found = self._mixes.get(mix)
         if found is None:
             merged: dict[str, list[LoraProduct]] = {}
@@ -128,7 +146,7 @@ class LoraBank:
         return found
 
     def _fill(
-        self, a: torch.Tensor, b: torch.Tensor, scale: float, runs: list[tuple[int, int]]
+        self, a: torch.Tensor, b: torch.Tensor, scale: float, runs: list[tuple[int, int]], copy: Copy
     ) -> tuple[LoraProduct, ...]:
         rank, d_in = a.shape
         d_out = b.shape[0]
@@ -143,8 +161,8 @@ class LoraBank:
             a_part = self._buffer[start : start + rows * d_in].view(rows, d_in)
             start += rows * d_in
             b_part = self._buffer[start : start + rows * d_out].view(rows, d_out)
-            a_part.copy_(a[row : row + rows])
-            b_part.copy_(b[:, row : row + rows].T)
+            copy(a_part, a[row : row + rows])
+            copy(b_part, b[:, row : row + rows].T)
             parts.append(LoraProduct(a_part, b_part, scale))
             row += rows
         assert row == rank

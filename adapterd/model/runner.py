@@ -4,7 +4,6 @@ It decides nothing: which sequences, blocks and adapters are in the batch was se
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,12 +12,13 @@ import psutil
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterEvents, AdapterId, Batch, SampledToken, Sequence, Unobserved
+from adapterd.core import AdapterEvents, AdapterId, Batch, SampledToken, Sequence
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
 from adapterd.model.lora import LoraBank, Segment, adapter_bytes_of_rank
 from adapterd.model.sampler import SamplerRow, logprobs_of, sample
+from adapterd.model.uploads import AdapterUploads, Uploaded
 
 if TYPE_CHECKING:
     from adapterd.model.cuda_graphs import GraphedForward
@@ -55,24 +55,25 @@ class Runner:
     ) -> None:
         self._base = base
         self._weights = weights
-        self._events: AdapterEvents = Unobserved() if events is None else events
         self.kv = KVPool(base.kv_shapes, num_kv_blocks, base.dtype, base.device)
         self.bank = LoraBank(base.spec.lora_targets, adapter_bytes, base.dtype, base.device)
+        self._uploads = AdapterUploads(self.bank, base.device, events)
         self._graphs = _graphs(base, self.kv, max_num_seqs, has_adapters=self.bank.num_pages > 0)
 
     def adapter_pages(self, adapter_id: AdapterId) -> int:
         """Pages of adapter memory that a leased version takes."""
         return self.bank.pages_of(self._weights(adapter_id))
 
+    def on_uploaded(self, tell: Uploaded) -> None:
+        """Who is told of each upload, in a thread of the uploads' own."""
+        self._uploads.tell = tell
+
     def run(self, batch: Batch) -> list[SampledToken]:
-        """One result for each scheduled sequence, in order."""
+        """One result for each scheduled sequence, in order. Uploads are begun, and go on beside the steps."""
         for adapter_id in batch.evictions:
             self.bank.evict(adapter_id)
         for adapter_id in batch.uploads:
-            began = time.monotonic()
-            self.bank.upload(self._weights(adapter_id))
-            self._events.adapter_loaded(adapter_id.name, "device", time.monotonic() - began)
-            logger.info("adapter %s (%s) uploaded", adapter_id.name, adapter_id.digest[:12])
+            self._uploads.begin(self._weights(adapter_id))
         if not batch.scheduled:
             return []
         wanted = _wanted_rows(batch)

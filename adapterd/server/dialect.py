@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapterd.core import Output, RequestId
-from adapterd.errors import AdapterdError, Unavailable
+from adapterd.errors import AdapterdError, Overloaded, Unavailable
 from adapterd.server.responses import Finish, Usage
 
 
@@ -45,6 +45,8 @@ def finish_reason(output: Output) -> Finish:
     """Raises what the client should see where the sequence did not end by itself."""
     if output.finish_reason == "stop" or output.finish_reason == "length":
         return output.finish_reason
+    if output.finish_reason == "overloaded":
+        raise Overloaded(output.error or "there is no memory for the request")
     if output.finish_reason == "abort":
         raise Unavailable(output.error or "the request was aborted")
     raise GenerationFailed(output.error or "the engine failed on this request")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from adapterd.core import ServerStats
-from adapterd.errors import AdapterdError, BeingRead
+from adapterd.errors import AdapterdError, BeingRead, Overloaded
 from adapterd.residency import PREFIXED, Spelling, spelled
 from adapterd.server.drain import Drain
 from adapterd.server.in_use import AdaptersInUse
@@ -38,6 +38,7 @@ class ServerState:
         spellings: Collection[Spelling] = PREFIXED,
         more_spellings: Mapping[str, str] = MappingProxyType({}),
         warms_up: bool = False,
+        reading_seconds: float = READING_SECONDS,
     ) -> None:
         """`spellings`: how /v1/models lists adapters; requests may use any. `more_spellings`: what
         else a request's `model` may be -> an adapter's name. `warms_up`: ready after a forward."""
@@ -54,25 +55,44 @@ class ServerState:
         self._max_queue = max_queue
         self._spellings = frozenset(spellings)
         self._more_spellings = dict(more_spellings)
+        self._reading_seconds = reading_seconds
         self._num_reading: Counter[str] = Counter()  # requests that wait for weights, by adapter
 
     async def resolve(self, model: str) -> ResolvedModel:
-        """What `model` names now; waits, off the engine's thread and for a bounded time, where weights are read."""
+        """What `model` names now; waits, off the engine's thread and for a bounded time, where weights are read.
+
+        Raises Overloaded where as many wait for that as may wait at all, or where it takes too long.
+        """
         model = self._more_spellings.get(model, model)
-        deadline_seconds = time.monotonic() + READING_SECONDS
+        try:
+            return self.daemon.registry.resolve(model)
+        except BeingRead as reading:
+            first = reading
+        num_reading = self._num_reading.total()
+        if num_reading >= max(1, self._max_queue):
+            raise Overloaded(
+                f"{num_reading} requests wait for weights to be read already; try again in a moment"
+            )
+        try:
+            async with asyncio.timeout(self._reading_seconds):
+                return await self._resolve_after(model, first)
+        except TimeoutError:
+            raise Overloaded(
+                f"the weights that {model!r} needs did not come to memory within {self._reading_seconds:g} s: "
+                "others are in use, or the disk is slow; try again, or start with a larger --host-memory",
+                retry_after_seconds=5,
+            ) from None
+
+    async def _resolve_after(self, model: str, reading: BeingRead) -> ResolvedModel:
+        kept: list[object] = []  # until it is resolved: memory may be too small to keep it for nobody
         while True:
+            with self._reading(reading.name):
+                # Shielded, for others wait for the same reading.
+                kept.append(await asyncio.shield(asyncio.wrap_future(reading.done)))
             try:
                 return self.daemon.registry.resolve(model)
-            except BeingRead as reading:
-                # Shielded, for others wait for the same reading. The result is held until it is resolved, since
-                # host memory may be too small to keep it for nobody.
-                done = asyncio.shield(asyncio.wrap_future(reading.done))
-                with self._reading(reading.name):
-                    try:
-                        kept = await asyncio.wait_for(done, deadline_seconds - time.monotonic())
-                    except TimeoutError:
-                        raise reading from None
-                assert kept is not None
+            except BeingRead as another:
+                reading = another
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:

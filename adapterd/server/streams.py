@@ -59,7 +59,7 @@ class OutputStream:
         if output.finish_reason is not None:
             self._unfinished.discard(key)
         # One failed sequence ends a response: do not wait for the others to finish first.
-        if not self._unfinished or output.finish_reason in ("abort", "error"):
+        if not self._unfinished or output.finish_reason in ("abort", "overloaded", "error"):
             self._all_finished.set()
         self._arrived.set()
 

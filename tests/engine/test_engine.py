@@ -4,7 +4,7 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -24,7 +24,7 @@ from adapterd.core import (
 )
 from adapterd.engine.build import collect
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.engine import Engine, EngineMemory
+from adapterd.engine.engine import Engine, EngineMemory, Uploaded
 from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from adapterd.token_table import TokenTable
@@ -59,17 +59,28 @@ class CountedWeights:
 
 @dataclass
 class FakeRunner:
-    """A token is a hash of seed, mix and all tokens before it; a gate may keep a step waiting."""
+    """A token is a hash of seed, mix and all tokens before it; a gate may keep a step waiting.
+
+    Uploads have ended when the step that began them has, unless `uploads_by_hand`.
+    """
 
     batches: list[Batch] = field(default_factory=list)
     error: Exception | None = None
     weights: CountedWeights = field(default_factory=CountedWeights)
     gate: threading.Event | None = None
     entered: threading.Event = field(default_factory=threading.Event)
+    uploads_by_hand: bool = False
+    tell: Uploaded = lambda adapter_id, error: None
+
+    def on_uploaded(self, tell: Uploaded) -> None:
+        self.tell = tell
 
     def run(self, batch: Batch) -> list[SampledToken]:
         self.batches.append(batch)
-        assert all(self.weights.held[adapter_id] for adapter_id in batch.uploads)
+        for adapter_id in batch.uploads:
+            assert self.weights.held[adapter_id]
+            if not self.uploads_by_hand:
+                self.tell(adapter_id, None)
         self.entered.set()
         if self.gate is not None:
             assert self.gate.wait(PATIENCE_SECONDS)
@@ -195,8 +206,9 @@ def test_requests_from_many_threads_are_all_answered(engine: Engine) -> None:
 
 
 def test_abort_frees_memory_within_one_step_and_says_nothing_more(engine: Engine) -> None:
-    engine.submit(make_request("stays"))
+    engine.submit(make_request("stays", params=replace(PARAMS, max_tokens=9)))
     engine.submit(make_request("leaves", prompt=range(20), adapters=mix("a"), num_sequences=2))
+    engine.step()
     engine.step()
     held = engine.stats()
     assert held.adapter_bytes_held == 2 << 20
@@ -205,7 +217,7 @@ def test_abort_frees_memory_within_one_step_and_says_nothing_more(engine: Engine
     outputs = engine.step()
     assert {output.request_id for output in outputs} == {"stays"}
     stats = engine.stats()
-    assert (stats.num_running, stats.kv_blocks_held, stats.adapter_bytes_held) == (1, 1, 0)
+    assert (stats.num_running, stats.kv_blocks_held, stats.adapter_bytes_held) == (1, 2, 0)
     engine.check_integrity()
     assert {key for key, _ in collect(engine)} == {"stays"}
 
@@ -354,6 +366,7 @@ def test_retired_adapter_leaves_when_its_last_sequence_ends(engine: Engine) -> N
     engine.submit(make_request("other", adapters=mix("b"), params=replace(PARAMS, max_tokens=1)))
     engine.submit(make_request("r", adapters=mix("a")))
     engine.step()
+    engine.step()
     assert set(engine.stats().resident) == {old, idle}
     engine.retire(old)
     engine.retire(idle)
@@ -375,6 +388,126 @@ def test_idle_engine_carries_out_an_eviction_without_being_asked_for_work(
     assert engine.has_work()
     engine.step()
     assert [adapter_id.name for batch in runner.batches for adapter_id in batch.evictions] == ["a"]
+
+
+def test_step_that_can_compute_nothing_waits_for_the_upload_and_not_longer(
+    engine: Engine, runner: FakeRunner
+) -> None:
+    runner.uploads_by_hand = True
+    mailbox = Mailbox()
+    engine.start(mailbox)
+    engine.submit(make_request("r", adapters=mix("a")))
+    until(lambda: engine.stats().num_uploading == 1)
+    before = len(runner.batches)
+    time.sleep(0.2)
+    assert len(runner.batches) - before < 10  # it does not spin
+    runner.tell(mix("a")[0][0], None)
+    mailbox.wait_for_end("r")
+    until(lambda: engine.stats().adapter_bytes_held == 0)
+    assert engine.stats().upload_seconds > 0.1
+
+
+def test_others_go_on_while_an_adapter_is_on_its_way(engine: Engine, runner: FakeRunner) -> None:
+    runner.uploads_by_hand = True
+    engine.submit(make_request("waits", adapters=mix("a")))
+    engine.submit(make_request("runs"))
+    for _ in range(5):
+        engine.step()
+    assert engine.stats().num_running == 0
+    assert engine.stats().num_waiting == 1
+    runner.tell(mix("a")[0][0], None)
+    assert len(answers(engine, "waits")[0]) == 5
+
+
+def test_upload_that_fails_ends_who_waited_for_it_and_nobody_else(engine: Engine, runner: FakeRunner) -> None:
+    runner.uploads_by_hand = True
+    for name, adapters in (("lost", mix("a")), ("lost too", mix("a", "b")), ("other", mix("b"))):
+        engine.submit(make_request(name, adapters=adapters))
+    engine.step()
+    runner.tell(mix("a")[0][0], "no such matrix")
+    runner.tell(mix("b")[0][0], None)
+    outputs = engine.step()
+    refused = {output.request_id: output for output in outputs if output.error is not None}
+    assert set(refused) == {"lost", "lost too"}
+    assert refused[RequestId("lost")].error == "the adapter 'a' could not be uploaded: no such matrix"
+    assert len(collect(engine)[RequestId("other"), 0].token_ids) == 4
+    assert set(runner.weights.held.values()) == {0}
+    engine.check_integrity()
+    runner.uploads_by_hand = False
+    engine.submit(make_request("again", adapters=mix("a")))
+    assert len(answers(engine, "again")[0]) == 5
+
+
+def test_pinned_adapter_comes_without_a_request_and_stays(engine: Engine, runner: FakeRunner) -> None:
+    ((pinned, _),) = mix("a")
+    engine.start(Mailbox())
+    engine.pin(pinned)
+    engine.pin(pinned)
+    assert engine.wait_resident(pinned, PATIENCE_SECONDS)
+    assert engine.stats().pinned == (pinned,)
+    engine.prefetch(mix("b")[0][0])
+    assert engine.wait_resident(mix("b")[0][0], PATIENCE_SECONDS)
+    assert not engine.wait_resident(mix("c")[0][0], 0.01)
+    until(lambda: set(runner.weights.held.values()) == {0})
+    engine.unpin(pinned)
+    until(lambda: engine.stats().pinned == ())
+    mailbox = Mailbox()
+    engine.submit(make_request("r", adapters=mix("c")))
+    engine.stop()
+    assert mailbox.deliveries == []
+
+
+def test_request_that_pinned_adapters_leave_no_room_is_told_to_come_back_later(engine: Engine) -> None:
+    engine.pin(mix("a")[0][0])
+    with pytest.raises(
+        Overloaded, match=r"no adapter memory for 'c': 3\.0 MiB .* take 2\.0 MiB of 4\.0 MiB"
+    ) as found:
+        engine.submit(make_request("r", adapters=mix("c")))
+    assert found.value.retry_after_seconds == 10
+    with pytest.raises(Overloaded, match="'c'"):
+        engine.pin(mix("c")[0][0])
+    with pytest.raises(Overloaded, match="'c'"):
+        engine.prefetch(mix("c")[0][0])
+    engine.submit(make_request("beside", adapters=mix("a", "b")))
+    engine.submit(make_request("base"))
+    assert len(collect(engine)) == 2
+    engine.unpin(mix("a")[0][0])
+    engine.submit(make_request("r", adapters=mix("c")))
+    assert len(collect(engine)) == 1
+
+
+def test_request_that_waits_while_its_room_is_pinned_away_is_told_so_and_not_left_hanging(
+    engine: Engine, runner: FakeRunner
+) -> None:
+    engine.submit(make_request("runs", adapters=mix("b"), params=replace(PARAMS, max_tokens=20)))
+    for _ in range(3):
+        engine.step()
+    engine.submit(make_request("waits", adapters=mix("c")))
+    engine.step()
+    engine.pin(mix("a")[0][0])
+    found = collect(engine)
+    assert found[RequestId("waits"), 0].finish_reason == "overloaded"
+    assert len(found[RequestId("runs"), 0].token_ids) == 17
+    assert engine.stats().resident[-1] == mix("a")[0][0]
+    assert set(runner.weights.held.values()) == {0}
+
+
+def test_retired_version_is_no_longer_pinned(engine: Engine) -> None:
+    ((old, _),) = mix("a")
+    engine.pin(old)
+    collect(engine)
+    engine.retire(old)
+    engine.submit(make_request("r", adapters=mix("c")))
+    collect(engine)
+    assert engine.stats().pinned == ()
+    assert old not in engine.stats().resident
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
 
 
 def answers(engine: Engine, *names: str) -> list[tuple[int, ...]]:

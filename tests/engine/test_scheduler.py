@@ -32,13 +32,17 @@ def mix(*names: str) -> AdapterMix:
 
 @dataclass
 class Bench:
-    """A scheduler with a clock that is turned by hand. `turn` is one step, as the engine takes it."""
+    """A scheduler with a clock that is turned by hand. `turn` is one step, as the engine takes it.
+
+    An upload that a step begins has ended when the next one is decided.
+    """
 
     num_blocks: int = 32
     num_pages: int = 4
     limits: SchedulerLimits = SchedulerLimits(max_num_batched_tokens=16, max_num_seqs=4)  # noqa: RUF009
     now: float = 0.0
     sequences: list[Sequence] = field(default_factory=list)
+    on_their_way: tuple[AdapterId, ...] = ()
 
     def __post_init__(self) -> None:
         self.blocks = BlockPool(self.num_blocks, BLOCK_SIZE)
@@ -71,8 +75,22 @@ class Bench:
         self.scheduler.add(sequence)
         return sequence
 
-    def turn(self) -> Batch:
+    def bring(self, *names: str) -> None:
+        """Have adapters in memory before anyone asks."""
+        for adapter_id, _ in mix(*names):
+            self.slots.load(((adapter_id, 1.0),))
+            self.slots.take_moves()
+            self.slots.arrived(adapter_id)
+
+    def schedule(self) -> Batch:
+        for adapter_id in self.on_their_way:
+            self.slots.arrived(adapter_id)
         batch = self.scheduler.schedule()
+        self.on_their_way = batch.uploads
+        return batch
+
+    def turn(self) -> Batch:
+        batch = self.schedule()
         finished = []
         for item in batch.scheduled:
             if item.samples:
@@ -102,7 +120,7 @@ def test_long_prompt_is_computed_in_chunks_and_sampled_at_its_end() -> None:
     sequence = bench.add(40)
     spans = []
     for _ in range(3):
-        batch = bench.scheduler.schedule()
+        batch = bench.schedule()
         spans += [(item.start, item.end, item.samples) for item in batch.scheduled]
         bench.scheduler.update(batch, [])
     assert spans == [(0, 16, False), (16, 32, False), (32, 40, True)]
@@ -123,6 +141,7 @@ def test_answers_under_way_never_wait_behind_a_long_chunk() -> None:
 
 def test_sequences_are_sorted_by_mix_with_the_base_first() -> None:
     bench = Bench(limits=SchedulerLimits(64, 8))
+    bench.bring("a", "b")
     for names in (("b",), (), ("a",), ("b",), ()):
         bench.add(3, adapter_mix=mix(*names))
     batch = bench.turn()
@@ -265,7 +284,7 @@ def test_nothing_of_a_spoiled_sequence_is_found_again() -> None:
     bench = Bench(limits=SchedulerLimits(64, 4))
     tokens = list(range(3 * BLOCK_SIZE))
     first = bench.add(0, tokens=tokens)
-    batch = bench.scheduler.schedule()
+    batch = bench.schedule()
     bench.scheduler.update(batch, finished=[first], spoiled=[first])
     bench.scheduler.check_integrity()
     second = bench.add(0, tokens=tokens)
@@ -313,6 +332,8 @@ def test_waiting_crowd_of_one_adapter_is_asked_for_once_a_step() -> None:
 def test_abort_in_any_state_frees_everything(state: str) -> None:
     bench = Bench(num_blocks=11, limits=SchedulerLimits(16, 1 if state == "waiting" else 4))
     victim_mix = mix("a")
+    if state != "passed by":
+        bench.bring("a")
     if state == "waiting":
         bench.add(8)
         bench.turn()
@@ -397,7 +418,7 @@ def test_long_random_walk_keeps_every_limit_and_finishes_every_sequence(seed: in
         elif action < 0.3 and bench.sequences:
             bench.scheduler.abort(generator.choice(bench.sequences).request.id)
             bench.scheduler.check_integrity()
-        batch = bench.scheduler.schedule()
+        batch = bench.schedule()
         assert batch.num_tokens <= limits.max_num_batched_tokens
         assert len(bench.scheduler.running) <= limits.max_num_seqs
         assert len({id(item.sequence) for item in batch.scheduled}) == len(batch.scheduled)

@@ -16,76 +16,121 @@ def mix(*names: str) -> AdapterMix:
     return tuple((adapter(name), 1.0) for name in names)
 
 
-def make_slots() -> AdapterSlots:
-    return AdapterSlots(NUM_PAGES, lambda adapter_id: PAGES[adapter_id.digest])
+def make_slots(*resident: str) -> AdapterSlots:
+    slots = AdapterSlots(NUM_PAGES, lambda adapter_id: PAGES[adapter_id.digest])
+    slots.load(mix(*resident))
+    for name in resident:
+        slots.arrived(adapter(name))
+    slots.take_moves()
+    return slots
 
 
-def names(ids: tuple[AdapterId, ...]) -> list[str]:
-    return [adapter_id.name for adapter_id in ids]
+def names(ids: object) -> list[str]:
+    return [adapter_id.name for adapter_id in ids]  # type: ignore[attr-defined]
 
 
-def test_base_holds_nothing_and_moves_nothing() -> None:
+def test_base_needs_nothing_and_moves_nothing() -> None:
     slots = make_slots()
-    assert slots.hold(BASE_MIX)
+    assert slots.is_ready(BASE_MIX)
+    slots.hold(BASE_MIX)
     assert slots.take_moves() == ((), ())
     assert slots.num_held_pages == 0
     slots.release(BASE_MIX)
 
 
-def test_longest_unused_idle_adapter_leaves_first() -> None:
+def test_adapter_is_booked_at_once_and_ready_when_it_has_arrived() -> None:
     slots = make_slots()
-    for name in ("a", "b", "c"):
-        assert slots.hold(mix(name))
-        slots.release(mix(name))
-    assert slots.hold(mix("a"))
+    slots.load(mix("a", "b"))
+    assert slots.is_booked(mix("a", "b"))
+    assert slots.num_free_pages == 5
+    assert slots.take_moves() == ((), (adapter("a"), adapter("b")))
+    slots.arrived(adapter("a"))
+    assert slots.is_ready(mix("a"))
+    assert not slots.is_ready(mix("a", "b"))
+    assert names(slots.resident) == ["a"]
+    assert names(slots.idle()) == ["a"]  # b is being written: its pages cannot be taken
+    slots.arrived(adapter("b"))
+    assert slots.is_ready(mix("a", "b"))
+    slots.check_integrity()
+
+
+def test_mix_misses_what_is_not_booked_and_each_adapter_once() -> None:
+    slots = make_slots("a")
+    assert slots.num_missing_pages(mix("a", "b", "c", "b")) == 7
+    slots.load(mix("a", "b", "b"))
+    assert slots.num_missing_pages(mix("a", "b", "c")) == 4
+    assert slots.num_free_pages == 5
+    assert slots.take_moves() == ((), (adapter("b"),))
+
+
+def test_idle_are_those_that_nobody_holds_or_has_pinned_longest_unused_first() -> None:
+    slots = make_slots("a", "b", "c")
+    slots.pin(adapter("b"))
+    for name in ("c", "a"):
+        slots.hold(mix(name))
+    assert names(slots.idle()) == []
+    assert names(slots.held()) == ["c", "a"]
+    slots.release(mix("c"))
     slots.release(mix("a"))
-    slots.take_moves()
-    assert slots.hold(mix("b", "d"))  # 1 free and 2 of a do not do; c goes, being unused longest
-    evictions, uploads = slots.take_moves()
-    assert (names(evictions), names(uploads)) == (["c"], ["d"])
+    assert names(slots.idle()) == ["c", "a"]
+    slots.unpin(adapter("b"))
+    assert names(slots.idle()) == ["b", "c", "a"]
 
 
-def test_held_adapter_is_never_evicted() -> None:
-    slots = make_slots()
-    assert slots.hold(mix("e"))
-    assert not slots.hold(mix("d"))
-    assert names(slots.resident) == ["e"]
-    slots.release(mix("e"))
-    assert slots.hold(mix("d"))
-    assert names(slots.resident) == ["d"]
-
-
-def test_mix_that_finds_no_room_changes_nothing() -> None:
-    slots = make_slots()
-    assert slots.hold(mix("c"))
-    assert slots.hold(mix("b"))
-    slots.release(mix("b"))
-    slots.take_moves()
-    assert not slots.hold(mix("a", "d"))
-    assert slots.take_moves() == ((), ())
-    assert names(slots.resident) == ["c", "b"]
+def test_what_fits_beside_pinned_adapters_fits_once_they_count_only_once() -> None:
+    slots = make_slots("d")
+    slots.pin(adapter("d"))
+    assert slots.can_ever_hold(mix("c"))
+    assert slots.can_ever_hold(mix("d", "c"))
+    assert not slots.can_ever_hold(mix("e"))
+    slots.pin(adapter("c"))  # has not come yet, but will
+    assert not slots.can_ever_hold(mix("a"))
+    assert slots.can_ever_hold(mix("d", "c"))
 
 
 def test_retired_adapter_leaves_when_its_last_holder_does() -> None:
-    slots = make_slots()
-    assert slots.hold(mix("a"))
-    assert slots.hold(mix("a"))
+    slots = make_slots("a")
+    slots.pin(adapter("a"))
+    slots.hold(mix("a"))
+    slots.hold(mix("a"))
     slots.retire(adapter("a"))
     slots.release(mix("a"))
     assert names(slots.resident) == ["a"]
     slots.release(mix("a"))
     assert slots.resident == ()
+    assert slots.pinned == ()
     slots.retire(adapter("a"))  # harmless
 
 
-def test_idle_adapter_that_is_retired_leaves_at_once() -> None:
+def test_adapter_retired_on_its_way_leaves_when_it_arrives() -> None:
     slots = make_slots()
-    assert slots.hold(mix("a"))
-    slots.release(mix("a"))
+    slots.load(mix("a"))
     slots.take_moves()
+    slots.retire(adapter("a"))
+    assert slots.num_free_pages == 8
+    slots.arrived(adapter("a"))
+    assert slots.num_free_pages == NUM_PAGES
+    assert slots.take_moves() == ((adapter("a"),), ())
+
+
+def test_idle_adapter_that_is_retired_leaves_at_once() -> None:
+    slots = make_slots("a")
     slots.retire(adapter("a"))
     assert slots.num_free_pages == NUM_PAGES
     assert slots.take_moves() == ((adapter("a"),), ())
+
+
+def test_size_is_asked_once() -> None:
+    asked: list[AdapterId] = []
+
+    def pages_of(adapter_id: AdapterId) -> int:
+        asked.append(adapter_id)
+        return 1
+
+    slots = AdapterSlots(NUM_PAGES, pages_of)
+    for _ in range(5):
+        slots.num_missing_pages(mix("a"))
+    assert asked == [adapter("a")]
 
 
 def test_books_balance_on_a_long_random_walk_and_the_moves_can_be_carried_out() -> None:
@@ -94,33 +139,40 @@ def test_books_balance_on_a_long_random_walk_and_the_moves_can_be_carried_out() 
     slots = make_slots()
     held: list[AdapterMix] = []
     on_device: set[AdapterId] = set()
-    num_refused = 0
+    on_the_way: list[AdapterId] = []
     for _ in range(8000):
         action = generator.random()
-        if held and action < 0.48:
+        wanted = mix(*generator.choices(list(PAGES), k=generator.choice([1, 1, 1, 2])))
+        if held and action < 0.3:
             slots.release(held.pop(generator.randrange(len(held))))
-        elif action < 0.95:
-            wanted = mix(*generator.choices(list(PAGES), k=generator.choice([1, 1, 1, 2])))
-            before = slots.resident, slots.num_free_pages
-            if slots.hold(wanted):
+        elif on_the_way and action < 0.6:
+            slots.arrived(on_the_way.pop(0))
+        elif action < 0.85:
+            for adapter_id in list(slots.idle()):
+                if slots.num_missing_pages(wanted) > slots.num_free_pages and adapter_id not in dict(wanted):
+                    slots.evict(adapter_id)
+            if slots.num_missing_pages(wanted) <= slots.num_free_pages:
+                slots.load(wanted)
+            if slots.is_ready(wanted):
+                slots.hold(wanted)
                 held.append(wanted)
-            else:
-                num_refused += 1
-                assert (slots.resident, slots.num_free_pages) == before
-        else:
+        elif action < 0.9:
             slots.retire(adapter(generator.choice(list(PAGES))))
+        elif action < 0.95:
+            slots.pin(adapter("a"))
+        else:
+            slots.unpin(adapter("a"))
         slots.check_integrity()
         holders = Counter(adapter_id for some in held for adapter_id, _ in some)
         assert set(holders) <= set(slots.resident)
         assert slots.num_held_pages == sum(PAGES[adapter_id.digest] for adapter_id in holders)
-        if generator.random() < 0.5:
-            evictions, uploads = slots.take_moves()
-            for adapter_id in evictions:
-                on_device.remove(adapter_id)
-            for adapter_id in uploads:
-                assert adapter_id not in on_device
-                on_device.add(adapter_id)
-            assert on_device == set(slots.resident)
-            assert sum(PAGES[adapter_id.digest] for adapter_id in on_device) <= NUM_PAGES
-    assert num_refused > 100
+        evictions, uploads = slots.take_moves()
+        for adapter_id in evictions:
+            on_device.remove(adapter_id)
+        for adapter_id in uploads:
+            assert adapter_id not in on_device
+            on_device.add(adapter_id)
+            on_the_way.append(adapter_id)
+        assert sum(PAGES[adapter_id.digest] for adapter_id in on_device) == NUM_PAGES - slots.num_free_pages
+    assert slots.num_uploads > 1000
     assert adapter("whale") not in on_device

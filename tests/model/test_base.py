@@ -206,6 +206,7 @@ def test_base_traffic_pays_nothing_for_adapters(llama: Path, tmp_path: Path) -> 
     never = operators_of_a_base_step(Offline(OfflineSettings(base=str(llama))))
     offline = Offline(OfflineSettings(base=str(llama)))
     offline.load("a", tmp_path)
+    offline.bring("a")
     offline.submit([1, 2, 3], GREEDY, {"a": 1.0})
     with CountOperators() as counted:
         offline.engine.step()

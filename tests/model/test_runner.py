@@ -111,6 +111,7 @@ def test_16_bit_log_probabilities_stay_within_their_bound_of_float32(
 
 def test_head_computes_the_rows_that_are_wanted_and_no_other(directories: dict[str | None, Path]) -> None:
     offline = start(directories, max_num_batched_tokens=16)
+    offline.bring("a")
     num_rows: list[int] = []
     head = offline.base.model.get_output_embeddings()  # type: ignore[operator]
     head.register_forward_hook(lambda module, args, output: num_rows.append(args[0].shape[-2]))

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from adapterd.errors import AdapterRefused
+from adapterd.errors import AdapterRefused, Overloaded
 from adapterd.server.state import ServerState
 from tests.server.fakes import SUPPORT, FakeDaemon
 
@@ -62,3 +62,26 @@ async def test_one_that_goes_away_leaves_the_reading_to_the_others(
     assert not reading.cancelled()
     reading.set_result("weights")
     assert (await second).mix == ((SUPPORT, 1.0),)
+
+
+async def test_weights_that_do_not_come_in_time_are_a_429_that_says_when_to_come_back(
+    daemon: FakeDaemon,
+) -> None:
+    state = ServerState(daemon, reading_seconds=0.02)
+    daemon.registry.readings.append(Future())
+    with pytest.raises(Overloaded, match=r"'support' needs did not come to memory within 0\.02 s") as found:
+        await state.resolve("support")
+    assert found.value.retry_after_seconds == 5
+
+
+async def test_only_so_many_may_wait_for_a_reading(daemon: FakeDaemon) -> None:
+    state = ServerState(daemon, max_queue=2)
+    reading: Future[object] = Future()
+    daemon.registry.readings += [reading] * 3
+    waiting = [asyncio.create_task(state.resolve("support")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="2 requests wait for weights to be read"):
+        await state.resolve("support")
+    reading.set_result("weights")
+    assert len(await asyncio.gather(*waiting)) == 2
+    assert (await state.resolve("support")).mix == ((SUPPORT, 1.0),)
