@@ -30,12 +30,12 @@ class Family:
         self._bounds = tuple(buckets)
         self._rows: dict[tuple[str, ...], _Number | _Histogram] = {}
         self._changed: set[tuple[str, ...]] = set()
-        self._text: str | None = None
+        self._text: bytes | None = None
         plain, bare = name, name.removesuffix("_total") if kind == "counter" else name
         self._is_histogram = kind == "histogram"
-        self._heads: dict[Format, str] = {
-            "plain": f"# HELP {plain} {help}\n# TYPE {plain} {kind}\n",
-            "openmetrics": f"# HELP {bare} {help}\n# TYPE {bare} {kind}\n",
+        self._heads: dict[Format, bytes] = {
+            "plain": f"# HELP {plain} {help}\n# TYPE {plain} {kind}\n".encode(),
+            "openmetrics": f"# HELP {bare} {help}\n# TYPE {bare} {kind}\n".encode(),
         }
 
     def set(self, labels: tuple[str, ...], value: float) -> None:
@@ -70,13 +70,14 @@ class Family:
         for labels in [labels for labels in self._rows if labels and labels[0] == first_label]:
             self._drop(labels)
 
-    def text(self, format: Format) -> str:
+    def text(self, format: Format) -> tuple[bytes, bytes]:
+        """What comes before the series, and the series."""
         if self._text is None or self._changed:
             for labels in self._changed:
                 self._rows[labels].render()
             self._changed.clear()
-            self._text = "".join([row.text for row in self._rows.values()])
-        return self._heads[format] + self._text
+            self._text = "".join([row.text for row in self._rows.values()]).encode()
+        return self._heads[format], self._text
 
     def _row(self, labels: tuple[str, ...]) -> "_Number | _Histogram":
         row = self._rows.get(labels)
@@ -138,8 +139,8 @@ class _Histogram:
 
 
 def render(families: Iterable[Family], format: Format) -> bytes:
-    text = "".join([family.text(format) for family in families])
-    return (text + "# EOF\n" if format == "openmetrics" else text).encode()
+    parts = [part for family in families for part in family.text(format)]
+    return b"".join([*parts, b"# EOF\n"] if format == "openmetrics" else parts)
 
 
 def accepted_format(accept: str) -> Format:

@@ -56,6 +56,7 @@ class Metrics:
             self._families[s.name] for s in SERIES if s.rows is None and s.labels[:1] == ("adapter",)
         ]
         self._busiest = Busiest(MAX_ADAPTER_LABELS, clock=clock)
+        self._made_of: dict[str, object] = {}
         self._rendered: dict[Format, bytes] = {}
         self._fresh_until_seconds: dict[Format, float] = {}
 
@@ -75,6 +76,10 @@ class Metrics:
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         with self._lock:
             self._families[name].add(labels, by)
+
+    def time(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._families[name].observe((self._base_name,), seconds)
 
     def record(self, adapter_names: Sequence[str], requests: Sequence[Request]) -> RequestRecord:
         """Start the clock of one response. `adapter_names` are the registry's, none for the base."""
@@ -116,8 +121,14 @@ class Metrics:
         """Bring what is read rather than fed up to date."""
         snapshot = self._snapshot()
         for series in SERIES:
-            if series.rows is not None:
-                self._families[series.name].replace(series.rows(snapshot))
+            if series.rows is None:
+                continue
+            if series.made_of is not None:
+                made_of = series.made_of(snapshot)
+                if self._made_of.get(series.name) == made_of:
+                    continue
+                self._made_of[series.name] = made_of
+            self._families[series.name].replace(series.rows(snapshot))
 
     def _snapshot(self) -> Snapshot:
         names = self._registry()

@@ -15,6 +15,7 @@ class AdapterCounters(Protocol):
 
     def count_for(self, adapter: str, name: str, *labels: str, by: float = 1) -> None: ...
     def time_for(self, adapter: str, name: str, seconds: float) -> None: ...
+    def time(self, name: str, seconds: float) -> None: ...
 
 
 class RequestRecord:
@@ -54,4 +55,4 @@ class RequestRecord:
         metrics, adapter = self._metrics, self._adapter
         metrics.count_for(adapter, "adapterd_requests_total", outcome)
         metrics.count_for(adapter, "adapterd_prompt_tokens_total", by=self._num_prompt_tokens)
-        metrics.time_for(adapter, "adapterd_request_seconds", metrics.clock() - self._arrival_seconds)
+        metrics.time("adapterd_request_seconds", metrics.clock() - self._arrival_seconds)

@@ -15,8 +15,10 @@ from adapterd.core import EngineStats, RegistryStats, ServerStats
 from adapterd.exposition import Kind
 from adapterd.residency import Entry, RouterView
 
-_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+# Each bucket of the first two is a hundred lines in every scrape.
+_FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _LOAD = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 Labels = tuple[str, ...]
@@ -49,7 +51,10 @@ Rows = Callable[[Snapshot], Mapping[Labels, float]]
 
 @dataclass(frozen=True)
 class Series:
-    """`rows` reads a snapshot; a series without it is fed, as things happen. `buckets` make a histogram."""
+    """`rows` reads a snapshot; a series without it is fed, as things happen. `buckets` make a histogram.
+
+    `made_of` is what of a snapshot many rows depend on: while it stays the same, they are not made again.
+    """
 
     name: str
     help: str
@@ -57,6 +62,7 @@ class Series:
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
     rows: Rows | None = None
+    made_of: Callable[[Snapshot], object] | None = None
 
 
 def _gauge(name: str, help: str, value: Callable[[Snapshot], float]) -> Series:
@@ -128,7 +134,7 @@ SERIES: tuple[Series, ...] = (
            " the value is when that last changed.", "gauge",
            ("max_lora", "running_lora_adapters", "waiting_lora_adapters"), rows=_lora_requests_info),
     Series("vllm:lora_adapter_loaded", "1 for each entry in memory: on the device (gpu) or on the host (cpu).",
-           "gauge", _LOADED_LABELS, rows=_lora_adapter_loaded),
+           "gauge", _LOADED_LABELS, rows=_lora_adapter_loaded, made_of=lambda s: s.router),
     _gauge("vllm:num_gpu_loaded_lora_adapters", "Entries on the device.", lambda s: len(s.router.on_device)),
     _gauge("vllm:num_cpu_loaded_lora_adapters", "Entries on the host alone.", lambda s: len(s.router.on_host)),
     _gauge("vllm:max_gpu_lora_adapters", "Entries on the device and those that would still fit.",
@@ -172,19 +178,19 @@ SERIES: tuple[Series, ...] = (
     _by_adapter("adapterd_requests_total", "Requests that ended.", more=("outcome",)),
     _by_adapter("adapterd_prompt_tokens_total", "Tokens of prompts."),
     _by_adapter("adapterd_output_tokens_total", "Tokens of answers."),
-    _by_adapter("adapterd_time_to_first_token_seconds", "From arrival to the first token.", *_LATENCY),
+    _by_adapter("adapterd_time_to_first_token_seconds", "From arrival to the first token.", *_FIRST_TOKEN),
     _by_adapter("adapterd_inter_token_seconds", "Between two tokens of a sequence.", *_TOKEN),
-    _by_adapter("adapterd_request_seconds", "From arrival to the end.", *_LATENCY),
     Series("adapterd_adapter_queue_requests", "Sequences that wait to run.", "gauge", ("adapter",),
-           rows=_adapter_queue),
+           rows=_adapter_queue, made_of=lambda s: (s.engine.waiting, s.server.reading, s.labelled)),
     Series("adapterd_adapter_bank_bytes", "Device memory it occupies, all versions together.", "gauge", ("adapter",),
-           rows=_adapter_bank_bytes),
+           rows=_adapter_bank_bytes, made_of=lambda s: (s.engine.resident, s.engine.resident_bytes, s.labelled)),
     _by_adapter("adapterd_adapter_hits_total", "Sequences admitted whose adapter was on the device."),
     _by_adapter("adapterd_adapter_misses_total", "Sequences admitted whose adapter had to be moved there."),
     _by_adapter("adapterd_adapter_loads_total", "Loads into a tier: device, host or disk.", more=("tier",)),
     _by_adapter("adapterd_adapter_load_seconds_total", "Time that loads into a tier took.", more=("tier",)),
     _by_adapter("adapterd_adapter_evictions_total", "Times it left a tier to make room.", more=("tier",)),
-    # Errors, and the process as Prometheus' own clients describe one.
+    # Requests as a whole, errors, and the process as Prometheus' own clients describe one.
+    Series("adapterd_request_seconds", "From arrival to the end.", "histogram", ("model_name",), _REQUEST),
     Series("adapterd_errors_total", "Error answers, by OpenAI code.", "counter", ("code",)),
     _process("gauge", "process_resident_memory_bytes", "Resident memory."),
     _process("gauge", "process_virtual_memory_bytes", "Virtual memory."),

@@ -1,7 +1,7 @@
 """What /metrics costs: one scrape of a daemon with many adapters in traffic, and twenty scrapes a second beside it.
 
     python -m bench.metrics_scrape
-    python -m bench.metrics_scrape --adapters 500 --seconds 20 --json bench/results/metrics_scrape.json
+    python -m bench.metrics_scrape --adapters 500 --turns 40 --json bench/results/metrics_scrape.json
 
 Makes random rank-4 adapters for the embedded base, serves them with `adapterd serve`, and asks each at least once, so
 that a hundred have series of their own and every one is resident. Then it measures, over one kept connection:
@@ -10,8 +10,9 @@ that a hundred have series of their own and every one is resident. Then it measu
 - output tokens a second of these clients without scrapes and with 20 a second (the default of llm-d's endpoint
   picker, each replica of it), in turns of equal length, so that the machine's moods meet both alike.
 
-`/version` is asked the same way, for what an answer costs that says nothing. The last line of stdout is JSON: medians,
-and the 99th percentile of a scrape's time, in milliseconds.
+`/version` is asked the same way, for what an answer costs that says nothing. The last line of stdout is JSON: medians
+and the 99th percentile of a scrape's time, in milliseconds; the rates as least, median and greatest of the
+turns, and `with_over_without` as the median of each turn over the one before it.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from bench.drains import free_port
 _RATE = 20.0
 _NUM_CLIENTS = 8
 _OUTPUT_TOKENS = 64
+_NOTHING = "-"
 
 
 def make_adapters(folder: Path, count: int) -> list[str]:
@@ -135,16 +137,17 @@ class Clients:
 
 
 def gets(url: str, path: str, seconds: float, rate: float) -> list[float]:
-    """Milliseconds of each GET over one connection, `rate` a second."""
+    """Milliseconds of each GET over one connection, `rate` a second; _NOTHING asks for nothing, as often."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     took: list[float] = []
     began = time.perf_counter()
     while (now := time.perf_counter()) < began + seconds:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        response.read()
-        took.append(1000 * (time.perf_counter() - now))
-        assert response.status == 200
+        if path != _NOTHING:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            took.append(1000 * (time.perf_counter() - now))
+            assert response.status == 200
         time.sleep(max(0.0, now + 1 / rate - time.perf_counter()))
     return took
 
@@ -158,7 +161,7 @@ async def scrape(url: str, path: str, seconds: float) -> list[float]:
     return took
 
 
-async def measure(url: str, names: list[str], seconds: float, turns: int) -> dict[str, float]:
+async def measure(url: str, names: list[str], seconds: float, turns: int) -> dict[str, object]:
     clients = Clients(url, names)
     async with httpx.AsyncClient(timeout=60) as client:
         for first in range(0, len(names), 32):  # everyone once
@@ -173,10 +176,9 @@ async def measure(url: str, names: list[str], seconds: float, turns: int) -> dic
         for turn in range(2 * turns):
             is_scraped = turn % 2 == 1
             before, began = clients.num_tokens, time.perf_counter()
-            if is_scraped:
-                loaded += await scrape(url, "/metrics", seconds)
-            else:
-                await asyncio.sleep(seconds)
+            # The process that scrapes takes its share of the machine, so it runs in either turn.
+            took = await scrape(url, "/metrics" if is_scraped else _NOTHING, seconds)
+            loaded += took if is_scraped else []
             rates[is_scraped].append((clients.num_tokens - before) / (time.perf_counter() - began))
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -187,16 +189,24 @@ async def measure(url: str, names: list[str], seconds: float, turns: int) -> dic
         "scrape_quiet_ms": round(statistics.median(quiet), 3),
         "scrape_quiet_p99_ms": round(statistics.quantiles(quiet, n=100)[98], 3),
         "scrape_loaded_ms": round(statistics.median(loaded), 3),
-        "tokens_per_second_without": round(statistics.median(rates[False]), 1),
-        "tokens_per_second_with": round(statistics.median(rates[True]), 1),
+        "tokens_per_second_without": _spread(rates[False]),
+        "tokens_per_second_with": _spread(rates[True]),
+        "with_over_without": round(
+            statistics.median(w / wo for wo, w in zip(rates[False], rates[True], strict=True)), 3
+        ),
     }
+
+
+def _spread(values: list[float]) -> list[float]:
+    """Least, median and greatest."""
+    return [round(value, 1) for value in (min(values), statistics.median(values), max(values))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--adapters", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
-    parser.add_argument("--turns", type=int, default=5, help="with scrapes, and as many without")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
+    parser.add_argument("--turns", type=int, default=20, help="with scrapes, and as many without")
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
     parser.add_argument("--gets", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -147,7 +147,7 @@ def test_a_request_counts_once_by_how_it_ended(metrics: Metrics, outputs: list[O
     assert seen["adapterd_requests_total", ("support", outcome)] == 1
     assert seen["adapterd_prompt_tokens_total", ("support",)] == 3
     assert seen.get(("adapterd_output_tokens_total", ("support",)), 0) == len(outputs)
-    assert seen["adapterd_request_seconds_count", ("support",)] == 1
+    assert seen["adapterd_request_seconds_count", ("tiny",)] == 1
 
 
 def test_first_token_and_gaps_are_timed() -> None:
