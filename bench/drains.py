@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -113,6 +114,7 @@ class Daemon:
 
     def __init__(self, port: int, log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self._log = log
         command = [sys.executable, "-m", "adapterd", "serve", "--adapters", "adapters", "--port", str(port)]
         memory = ["--kv-memory", "64MiB", "--adapter-memory", "32MiB", "--host-memory", "64MiB"]
         drain = ["--drain-delay", str(_DRAIN_DELAY_SECONDS), "--drain-timeout", "60"]
@@ -129,7 +131,7 @@ class Daemon:
                     if (await client.get(f"{self.url}/readyz")).status_code == 200:
                         return
                 await asyncio.sleep(0.1)
-        raise SystemExit(f"a daemon on {self.url} did not get ready")
+        raise SystemExit(f"a daemon on {self.url} did not get ready:\n{self._log.read_text()[-2000:]}")
 
     async def drain(self) -> tuple[int, float]:
         """Its exit status, and how long it took to leave."""
@@ -140,10 +142,12 @@ class Daemon:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """One that outgoing connections do not take while a daemon is away from it."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
