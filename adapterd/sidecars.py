@@ -12,7 +12,7 @@ from typing import Any
 from adapterd.core import BaseSpec
 from adapterd.errors import AdapterRefused
 from adapterd.peft_config import parse_json_object
-from adapterd.token_table import TokenizerIdentity, tokenizer_fingerprint
+from adapterd.token_table import TokenizerIdentity
 
 _ANY_SIZE = math.inf
 # Value ranges, both ends included; the lower one is open where a value of 0 makes no sense.
@@ -76,7 +76,7 @@ def read_sidecars(
     tokenizer_config = parsed("tokenizer_config.json")
     generation = parsed("generation_config.json")
     template = read("chat_template.jinja")
-    _check_tokenizer(parsed, tokenizer_config, tokenizer, adapter)
+    _check_tokenizer(read, parsed, tokenizer_config, tokenizer, adapter)
     return Sidecars(
         chat_template=_chat_template(template, tokenizer_config, adapter),
         eos_token_ids=_eos_token_ids(generation, tokenizer_config, spec, tokenizer, adapter),
@@ -106,21 +106,24 @@ def _chat_template(file: bytes | None, tokenizer_config: Mapping[str, Any], adap
 
 
 def _check_tokenizer(
+    read: Callable[[str], bytes | None],
     parsed: Callable[[str], dict[str, Any]],
     tokenizer_config: Mapping[str, Any],
     tokenizer: TokenizerIdentity,
     adapter: str,
 ) -> None:
     """An adapter's tokenizer must be the base's: other ids would mean other rows of the embedding."""
-    own = parsed("tokenizer.json")
-    if own:
+    own = read("tokenizer.json")
+    if own is not None:
         try:
-            fingerprint = tokenizer_fingerprint(own)
+            is_same = tokenizer.is_same(
+                own, lambda data: parse_json_object(data, file="tokenizer.json", adapter=adapter)
+            )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise AdapterRefused(
                 f"adapter {adapter!r}: tokenizer.json cannot be understood: {error!r}"
             ) from error
-        if fingerprint not in tokenizer.fingerprints:
+        if not is_same:
             raise AdapterRefused(
                 f"adapter {adapter!r}: tokenizer.json differs from the base's in vocabulary, merges or added"
                 " tokens; new tokens need a base that has them. Remove the file if the adapter does not rely on it"

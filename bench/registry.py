@@ -133,7 +133,7 @@ class Clients:
         resolved = daemon.registry.resolve_waiting(f"mini:{name_of(adapter)}", 60)
         lease = daemon.registry.lease(resolved.mix)
         draw = random.Random(label)
-        prompt = tuple(draw.randrange(300, 3000) for _ in range(draw.randrange(8, 128)))
+        prompt = tuple(draw.randrange(300, 2000) for _ in range(draw.randrange(8, 128)))
         params = SamplingParams(max_tokens=draw.randrange(8, 64), temperature=0, ignore_eos=True)
         request = Request(
             RequestId(label), prompt, params, resolved.mix, resolved.eos_token_ids, time.monotonic()

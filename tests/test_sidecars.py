@@ -64,6 +64,24 @@ def swap_ids(parsed: dict[str, Any]) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
 
+def test_a_file_that_was_found_to_be_the_bases_is_not_parsed_again() -> None:
+    identity = TokenizerIdentity(IDENTITY.fingerprints, IDENTITY.token_ids)
+    file = json.dumps(PARSED).encode()
+    parsed: list[bytes] = []
+
+    def parse(data: bytes) -> Any:
+        parsed.append(data)
+        return json.loads(data)
+
+    assert identity.is_same(file, parse)
+    assert identity.is_same(file, parse)
+    assert identity.is_same(file + b" ", parse)
+    assert parsed == [file, file + b" "]
+    other = json.dumps({**PARSED, "added_tokens": []}).encode()
+    assert not identity.is_same(other, parse)
+    assert not identity.is_same(other, parse)
+
+
 @pytest.mark.parametrize("change", [drop_merge, add_token, swap_ids])
 def test_another_tokenizer_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
     parsed = json.loads(json.dumps(PARSED))
