@@ -62,9 +62,13 @@ def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
     finally:
         daemon.registry.stop()
     report = as_markdown(results)
-    _write(settings.json_out, as_json(results))
-    _write(settings.markdown_out, report)
-    _write(settings.html_out, as_html(results))
+    for path, text in (
+        (settings.json_out, as_json(results)),
+        (settings.markdown_out, report),
+        (settings.html_out, as_html(results)),
+    ):
+        if path is not None:
+            _write(path, text)
     if settings.write_card:
         for entry, result in zip(entries, results, strict=True):
             write_card(entry.path / CARD_FILE, card_block(result))
@@ -267,10 +271,8 @@ def _chosen(entries: Sequence[AdapterEntry], names: Sequence[str]) -> list[Adapt
     return chosen
 
 
-def _write(path: Path | None, text: str) -> None:
-    """Raises ConfigError for a place that cannot be written: the answers took time, so it names what was lost."""
-    if path is None:
-        return
+def _write(path: Path, text: str) -> None:
+    """Raises ConfigError for a place that cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
