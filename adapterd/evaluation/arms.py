@@ -3,16 +3,17 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from adapterd.composition import ResolvedModel
 from adapterd.evaluation.scoring import Task, kind_of, squeeze
 from adapterd.training.data import Row, fold
 
 ArmKind = Literal["base", "prompted", "adapter", "peer"]
-Messages = tuple[Mapping[str, str], ...]
+Messages = tuple[Mapping[str, Any], ...]
 
 _SHOTS_SEED = 0
+_INSTRUCTIONS = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Prompting:
 
     def messages(self, row: Row) -> Messages:
         """The row's prompt with all that goes before it. A system message of the row's own comes after ours."""
-        own = [message["content"] for message in row.prompt if message["role"] == "system"]
+        own = [message["content"] for message in row.prompt if message["role"] in _INSTRUCTIONS]
         system = "\n".join(part for part in (self.system, *own) if part)
-        turns = [message for shot in self.shots for message in shot.messages if message["role"] != "system"]
-        turns += [message for message in row.prompt if message["role"] != "system"]
+        turns = [m for shot in self.shots for m in shot.messages if m["role"] not in _INSTRUCTIONS]
+        turns += [message for message in row.prompt if message["role"] not in _INSTRUCTIONS]
         return ({"role": "system", "content": system}, *turns) if system else tuple(turns)
 
 
@@ -77,10 +78,10 @@ def prompted_arms(
 def choose_shots(rows: Sequence[Row], task: Task, *, number: int, apart_from: Sequence[Row]) -> list[Row]:
     """`number` training rows as examples: each label or kind of answer in turn, in a fixed random order.
 
-    Rows that ask what a held-out row asks are never among them.
+    Rows that ask what a held-out row asks are never among them, nor rows with tools of their own.
     """
     held_out = {fold(row) for row in apart_from}
-    order = [row for row in rows if fold(row) not in held_out]
+    order = [row for row in rows if fold(row) not in held_out and not row.tools]
     random.Random(_SHOTS_SEED).shuffle(order)
     groups: dict[str, list[Row]] = {}
     for row in order:

@@ -11,8 +11,9 @@ from adapterd.core import Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
 from adapterd.engine.build import Finished
 from adapterd.errors import InvalidRequest
-from adapterd.evaluation.arms import Messages
+from adapterd.evaluation.arms import Prompting
 from adapterd.evaluation.scoring import Answer, squeeze
+from adapterd.evaluation.task import answer_ids
 from adapterd.training.data import Row
 
 NUM_TIMED_ROWS = 8
@@ -56,10 +57,13 @@ class Asker:
     def max_model_len(self) -> int:
         return self._daemon.engine.max_model_len
 
-    def render(self, chats: Sequence[Messages], model: ResolvedModel) -> list[list[int]]:
-        """The prompts that the server would make of the chats."""
+    def render(self, rows: Sequence[Row], prompting: Prompting, model: ResolvedModel) -> list[list[int]]:
+        """The prompts that the server would make of the rows."""
         return [
-            self._daemon.renderer.render(messages, chat_template=model.chat_template) for messages in chats
+            self._daemon.renderer.render(
+                prompting.messages(row), chat_template=model.chat_template, tools=row.tools or None
+            )
+            for row in rows
         ]
 
     def fits(self, prompt: Sequence[int]) -> bool:
@@ -69,6 +73,7 @@ class Asker:
     def answers(
         self,
         rows: Sequence[Row],
+        references: Sequence[str],
         prompts: Sequence[list[int]],
         model: ResolvedModel,
         *,
@@ -84,14 +89,14 @@ class Asker:
         seconds = time.monotonic() - began
         answers = [
             Answer(
-                prompt="\n".join(message["content"] for message in row.prompt),
-                reference=row.answer,
+                prompt=row.prompt_text,
+                reference=reference,
                 text=one.text,
                 num_tokens=len(one.token_ids),
                 stopped=one.finish_reason == "stop",
                 tags=row.tags,
             )
-            for row, one in zip(rows, finished, strict=True)
+            for row, reference, one in zip(rows, references, finished, strict=True)
         ]
         cost = Cost(
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
@@ -125,10 +130,9 @@ class Asker:
         self, rows: Sequence[Row], prompts: Sequence[list[int]], model: ResolvedModel
     ) -> list[Loss | None]:
         """Of each reference with its stop token, after its prompt; None for one that does not fit the context."""
-        renderer = self._daemon.renderer
         whole: list[tuple[list[int], int] | None] = []
         for row, prompt in zip(rows, prompts, strict=True):
-            answer = [*renderer.encode_answer(row.answer), renderer.stop_token_id]
+            answer = answer_ids(row, self._daemon.renderer)
             tokens = [*prompt, *answer]
             whole.append((tokens, len(answer)) if len(tokens) <= self.max_model_len else None)
         found = iter(self._losses([item for item in whole if item is not None], model))

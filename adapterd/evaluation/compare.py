@@ -121,7 +121,13 @@ def best_without_training(results: Sequence[ArmResult], metric: str) -> ArmResul
 
 
 def judge_need(
-    adapter: ArmResult, best: Comparison, *, num_prompted: int, peers: Sequence[Comparison], base: ArmResult
+    adapter: ArmResult,
+    best: Comparison,
+    *,
+    num_prompted: int,
+    peers: Sequence[Comparison],
+    base: ArmResult,
+    facts: str | None = None,
 ) -> Verdict:
     """Is the adapter worth having? In the field's order: prompting first, then training, and nothing forgotten."""
     difference, title = best.overall, best.other.arm.title
@@ -150,6 +156,8 @@ def judge_need(
         sentences.append(
             "No better prompt was tried. Give one with --system-prompt, or training rows for examples (--train)."
         )
+    if facts is not None:
+        sentences.append(facts)
     for peer in peers:
         sentences.append(_against_peer(peer))
     sentences += _forgetting(adapter, base)

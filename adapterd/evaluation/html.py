@@ -28,14 +28,14 @@ _BEST_BAR = 100
 
 @dataclass(frozen=True)
 class Example:
-    """One row where answers differ; `answers` are (arm, text, right?, says the same as the reference?)."""
+    """One row where answers differ; `answers` are (arm, its kind, text, whether it is the reference), ours first."""
 
     line: int
     prompt: str
     reference: str
     tags: tuple[str, ...]
     effect: str
-    answers: tuple[tuple[str, str, bool], ...]
+    answers: tuple[tuple[str, str, str, bool], ...]
 
 
 def as_html(results: Sequence[Result]) -> str:
@@ -103,9 +103,10 @@ def _example(result: Result, row: int) -> Example:
         answers=tuple(
             (
                 arm.arm.title,
+                arm.arm.kind,
                 arm.answers[row].text,
                 squeeze(arm.answers[row].text) == squeeze(answer.reference),
             )
-            for arm in result.arms
+            for arm in sorted(result.arms, key=lambda arm: arm is not result.adapter)
         ),
     )

@@ -96,6 +96,7 @@ class Endpoint:
 def ask_peer(
     endpoint: Endpoint,
     rows: Sequence[Row],
+    references: Sequence[str],
     chats: Sequence[Messages],
     *,
     max_tokens: int,
@@ -113,14 +114,14 @@ def ask_peer(
     replies = [*timed, *rest]
     answers = [
         Answer(
-            prompt="\n".join(message["content"] for message in row.prompt),
-            reference=row.answer,
+            prompt=row.prompt_text,
+            reference=reference,
             text=reply.text,
             num_tokens=reply.num_answer_tokens,
             stopped=reply.stopped,
             tags=row.tags,
         )
-        for row, reply in zip(rows, replies, strict=True)
+        for row, reference, reply in zip(rows, references, replies, strict=True)
     ]
     num_prompt_tokens = sum(reply.num_prompt_tokens for reply in replies)
     num_answer_tokens = sum(reply.num_answer_tokens for reply in replies)

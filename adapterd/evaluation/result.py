@@ -48,8 +48,10 @@ def put_together(
     lines: Sequence[int],
     arms: Sequence[ArmResult],
     notes: Sequence[str],
+    facts: str | None = None,
 ) -> Result:
-    """`arms` hold one base and one adapter, and any number of prompted ones and peers.
+    """`arms` hold one base and one adapter, and any number of prompted ones and peers. `facts`: what to say of rows
+    that ask for facts.
 
     Raises ConfigError if the rows have no such metric.
     """
@@ -76,6 +78,6 @@ def put_together(
         best=best,
         against_base=compare_arms(adapter, base, metric),
         peers=tuple(peers),
-        verdict=judge_need(adapter, best, num_prompted=num_prompted, peers=peers, base=base),
+        verdict=judge_need(adapter, best, num_prompted=num_prompted, peers=peers, base=base, facts=facts),
         notes=tuple(notes),
     )

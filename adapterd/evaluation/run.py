@@ -23,6 +23,7 @@ from adapterd.evaluation.report import CARD_FILE, as_json, as_markdown, card_blo
 from adapterd.evaluation.result import Result, put_together
 from adapterd.evaluation.scoring import score
 from adapterd.evaluation.task import EvalTask, read_general, read_task
+from adapterd.training.advice import facts_beyond_rows
 from adapterd.training.data import Row
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
     try:
         daemon.registry.wait_loaded(_LOAD_TIMEOUT_SECONDS)
         entries = _chosen(daemon.registry.list(), settings.adapter)
-        tasks = [read_task(entry.path, settings) for entry in entries]
+        tasks = [read_task(entry.path, settings, daemon.renderer) for entry in entries]
         results = [
             evaluate_adapter(daemon, entry, task, settings, general=general, peers=peers, judge=judge)
             for entry, task in zip(entries, tasks, strict=True)
@@ -61,9 +62,13 @@ def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
     finally:
         daemon.registry.stop()
     report = as_markdown(results)
-    _write(settings.json_out, as_json(results))
-    _write(settings.markdown_out, report)
-    _write(settings.html_out, as_html(results))
+    for path, text in (
+        (settings.json_out, as_json(results)),
+        (settings.markdown_out, report),
+        (settings.html_out, as_html(results)),
+    ):
+        if path is not None:
+            _write(path, text)
     if settings.write_card:
         for entry, result in zip(entries, results, strict=True):
             write_card(entry.path / CARD_FILE, card_block(result))
@@ -81,6 +86,10 @@ def evaluate_adapter(
     judge: Judge | None = None,
 ) -> Result:
     """Ask every arm every row, and compare. Raises InvalidRequest for rows that do not fit the context."""
+    if peers and any(row.tools for row in task.rows):
+        raise InvalidRequest(
+            f"{task.data}: a peer is not asked rows with tools; leave out --peer-url", param="peer_url"
+        )
     asker = Asker(daemon, max_tokens=task.max_tokens, max_at_once=settings.max_queue)
     base = daemon.registry.resolve(daemon.spec.name)
     adapted = daemon.registry.resolve_waiting(f"{daemon.spec.name}:{entry.name}", _LOAD_TIMEOUT_SECONDS)
@@ -89,8 +98,7 @@ def evaluate_adapter(
     longest = _longest_rows(asker, task, base)
 
     def fits(prompting: Prompting) -> bool:
-        chats = [prompting.messages(row) for row in longest]
-        return all(asker.fits(prompt) for prompt in asker.render(chats, base))
+        return all(asker.fits(prompt) for prompt in asker.render(longest, prompting, base))
 
     prompted, notes = prompted_arms(base, system=task.system, shots=shots, fit=fits)
     arms = [
@@ -124,12 +132,21 @@ def evaluate_adapter(
         lines=[row.line for row in task.rows],
         arms=results,
         notes=notes,
+        facts=_facts(task),
     )
+
+
+def _facts(task: EvalTask) -> str | None:
+    """What to say if the answers hold facts that no training could give; None where they do not."""
+    if not task.train:
+        return None
+    advice = facts_beyond_rows(task.train, task.rows)
+    return f"Use retrieval: {advice.sentence}." if advice.use_retrieval else None
 
 
 def _longest_rows(asker: Asker, task: EvalTask, base: ResolvedModel) -> list[Row]:
     """The rows by which one tells whether a longer prompt fits. InvalidRequest if one leaves no room as it is."""
-    prompts = asker.render([Prompting().messages(row) for row in task.rows], base)
+    prompts = asker.render(task.rows, Prompting(), base)
     by_length = sorted(zip(prompts, task.rows, strict=True), key=lambda pair: -len(pair[0]))
     full = [row.line for prompt, row in by_length if len(prompt) >= asker.max_model_len]
     if full:
@@ -147,8 +164,10 @@ def _local(
     model = arm.model
     assert model is not None, "a local arm has a model"
     _logger.info("asking %s: %d rows", arm.title, len(task.rows))
-    prompts = asker.render([arm.prompting.messages(row) for row in task.rows], model)
-    answers, cost = asker.answers(task.rows, prompts, model, price_per_hour=settings.price_per_hour)
+    prompts = asker.render(task.rows, arm.prompting, model)
+    answers, cost = asker.answers(
+        task.rows, task.references, prompts, model, price_per_hour=settings.price_per_hour
+    )
     scores = score(task.task, answers)
     if settings.samples > 1:
         scores = scores.with_values("consistency", _agreement(asker, prompts, model, settings))
@@ -180,6 +199,7 @@ def _peer(endpoint: Endpoint, prompting: Prompting, task: EvalTask, settings: Ev
     answers, cost = ask_peer(
         endpoint,
         task.rows,
+        task.references,
         [prompting.messages(row) for row in task.rows],
         max_tokens=task.max_tokens,
         price_in=settings.peer_price_in,
@@ -251,10 +271,8 @@ def _chosen(entries: Sequence[AdapterEntry], names: Sequence[str]) -> list[Adapt
     return chosen
 
 
-def _write(path: Path | None, text: str) -> None:
-    """Raises ConfigError for a place that cannot be written: the answers took time, so it names what was lost."""
-    if path is None:
-        return
+def _write(path: Path, text: str) -> None:
+    """Raises ConfigError for a place that cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """What an adapter is measured on: its folder's rows and eval.toml, and what the command line says instead."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from adapterd.config import EvalSettings, TaskSettings, load_settings
 from adapterd.errors import ConfigError, InvalidRequest
 from adapterd.evaluation.formats import read_format
 from adapterd.evaluation.scoring import TITLES, Task
-from adapterd.training.data import Row, fold, read_rows
+from adapterd.render import Renderer
+from adapterd.training.data import Row, encode_row, fold, read_rows
 
 TASK_FILE = "eval.toml"
 HELDOUT_FILE, TRAIN_FILE = "heldout.jsonl", "train.jsonl"
@@ -22,6 +23,8 @@ class EvalTask:
 
     data: Path
     rows: tuple[Row, ...]
+    references: tuple[str, ...]
+    """What each row's answer reads like when the model writes it."""
     train: tuple[Row, ...]
     system: str | None
     num_shots: int
@@ -32,7 +35,7 @@ class EvalTask:
     """Held-out rows whose prompt is also trained on: their answers prove nothing."""
 
 
-def read_task(folder: Path, settings: EvalSettings) -> EvalTask:
+def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalTask:
     """The task of the adapter in `folder`. A flag, variable or --config key that was given wins over its eval.toml.
 
     Raises ConfigError, and InvalidRequest for bad rows.
@@ -51,20 +54,22 @@ def read_task(folder: Path, settings: EvalSettings) -> EvalTask:
         train = read_rows(wanted.train)
     elif (folder / TRAIN_FILE).is_file():
         train = read_rows(folder / TRAIN_FILE)
+    references = [reference_of(row, renderer) for row in rows]
     form = read_format(wanted.format_regex, wanted.json_schema)
     if form is not None:
-        for row in rows:
-            if not form.is_valid(row.answer):
+        for row, reference in zip(rows, references, strict=True):
+            if not form.is_valid(reference):
                 raise InvalidRequest(
-                    f"{data}:{row.line}: the reference answer {row.answer[:80]!r} is itself not valid by"
+                    f"{data}:{row.line}: the reference answer {reference[:80]!r} is itself not valid by"
                     f" {form.describe}",
                     param="format_regex",
                 )
-    task = Task.of([row.answer for row in rows], form)
+    task = Task.of(references, form)
     trained = {fold(row) for row in train}
     return EvalTask(
         data=data,
         rows=tuple(rows),
+        references=tuple(references),
         train=tuple(train),
         system=_system_prompt(wanted),
         num_shots=wanted.shots,
@@ -73,6 +78,19 @@ def read_task(folder: Path, settings: EvalSettings) -> EvalTask:
         max_tokens=wanted.max_tokens,
         num_leaked=sum(fold(row) in trained for row in rows),
     )
+
+
+def answer_ids(row: Row, renderer: Renderer) -> list[int]:
+    """The tokens of a row's answer as they are trained, with the stop token."""
+    last = replace(row, trained=(*[False] * (len(row.messages) - 1), True))
+    return list(encode_row(last, renderer)[-1].answer_ids)
+
+
+def reference_of(row: Row, renderer: Renderer) -> str:
+    """The words of the answer; calls of tools in the base's own notation, as a model writes them."""
+    if not row.messages[-1].get("tool_calls"):
+        return row.answer
+    return renderer.decode(answer_ids(row, renderer), skip_special_tokens=True)
 
 
 def read_general(path: Path | None) -> list[str]:

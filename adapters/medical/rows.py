@@ -23,6 +23,8 @@ from adapters.medical.cases import (
     draw_when,
     load_cases,
 )
+from adapters.medical.compose import compose_note
+from adapters.near import Seen
 from pretraining.corpus.medical_words import Facts
 
 HERE = Path(__file__).parent
@@ -31,10 +33,10 @@ HERE = Path(__file__).parent
 # states few facts and no number.
 VARIANT: Literal["soap", "hedged"] = "hedged"
 NOT_A_NOTE = "This does not look like a clinical note."
-NUM_TRAIN_FROM_FRAMES = 2190
+NUM_TRAIN_FROM_FRAMES = 3000
+NUM_TRAIN_COMPOSED = 5000
 NUM_HELDOUT_FROM_FRAMES = 104
 NUM_TRAIN_CORRECTIONS, NUM_HELDOUT_CORRECTIONS = 40, 6
-MAX_SHARED_TRIGRAMS = 0.5  # Jaccard of the word 3-grams of two notes; above it they count as near-duplicates
 
 _ASKS = {
     "train": (
@@ -212,7 +214,7 @@ def fill_frame(frame: str, facts: Facts, old: Facts | None = None) -> tuple[str,
 
 
 def from_frames(
-    rng: random.Random, frames: list[str], draw: Draw, count: int, seen: list[set[str]]
+    rng: random.Random, frames: list[str], draw: Draw, count: int, seen: Seen
 ) -> Iterator[Sample]:
     """`count` notes that take the frames in turn; a near-duplicate of a note in `seen` is drawn again.
 
@@ -225,11 +227,23 @@ def from_frames(
             note, stated = fill_frame(frame, *_draw_kinds(rng, frame, facts, draw))
             if rng.random() < 0.08 and "{since}" not in frame:  # lower case would spoil "since Monday"
                 note = note.lower()
-            if is_new(note, seen):
+            if seen.add(note):
                 break
         else:
             raise ValueError(f"the frame {frame!r} is too close to another one")
         yield Sample(note, stated, ("new-phrasing",))
+
+
+def composed(rng: random.Random, draw: Draw, count: int, seen: Seen) -> list[Sample]:
+    """`count` notes put together from parts, near-duplicates left out."""
+    samples: list[Sample] = []
+    while len(samples) < count:
+        facts, old = _draw_kinds(rng, "{old_bp}", draw(rng, child=rng.random() < 0.06), draw)
+        assert old is not None, "the frame asks for an older visit"
+        note, stated = compose_note(rng, facts, old)
+        if seen.add(note):
+            samples.append(Sample(note, stated, ()))
+    return samples
 
 
 def _draw_kinds(rng: random.Random, frame: str, facts: Facts, draw: Draw) -> tuple[Facts, Facts | None]:
@@ -271,20 +285,6 @@ def _draw_plausible(rng: random.Random, cases: tuple[Case, ...], child: bool) ->
     return replace(facts, symptom=f"{facts.symptom} and {rng.choice(others)}") if others else facts
 
 
-def trigrams(text: str) -> set[str]:
-    words = "".join(char if char.isalnum() else " " for char in text.lower()).split()
-    return {" ".join(words[index : index + 3]) for index in range(max(1, len(words) - 2))}
-
-
-def is_new(note: str, seen: list[set[str]]) -> bool:
-    """Whether no note in `seen` shares too many 3-grams with `note`; a new note is added to `seen`."""
-    own = trigrams(note)
-    if any(len(own & other) >= MAX_SHARED_TRIGRAMS * len(own | other) for other in seen):
-        return False
-    seen.append(own)
-    return True
-
-
 def to_row(rng: random.Random, sample: Sample, split: Literal["train", "heldout"]) -> Row:
     """A chat row; one note in eight stands in a request, one in sixteen comes after a system message."""
     content = sample.note
@@ -318,11 +318,11 @@ def make_rows() -> dict[str, list[Row]]:
     """Both sets, held-out notes first, so that a training note near one of them is never written."""
     rng = random.Random(20)
     cases = load_cases(HERE / "cases.txt")
-    seen: list[set[str]] = []
+    seen = Seen()
     rows: dict[str, list[Row]] = {}
     one_offs = {split: read_one_offs(HERE / f"one_offs_{split}.txt") for split in ("train", "heldout")}
     for sample in one_offs["train"] + one_offs["heldout"]:
-        if not is_new(sample.note, seen):
+        if not seen.add(sample.note):
             raise ValueError(f"the hand-written note {sample.note!r} is too close to another one")
     counts: tuple[tuple[Literal["train", "heldout"], int, int], ...] = (
         ("heldout", NUM_HELDOUT_FROM_FRAMES, NUM_HELDOUT_CORRECTIONS),
@@ -337,6 +337,8 @@ def make_rows() -> dict[str, list[Row]]:
         samples = list(from_frames(rng, frames, draw, num_from_frames, seen))
         limit = 110 if split == "heldout" else 95  # two questions and two answers must stay short
         short = [frame for frame in frames if len(frame) < limit and "{bp}" in frame]
+        if split == "train":
+            samples += composed(rng, partial(draw_mixed_facts, cases=cases), NUM_TRAIN_COMPOSED, seen)
         corrected = list(from_frames(rng, short, draw, num_corrections, seen))
         rows[split] = [to_row(rng, sample, split) for sample in samples + one_offs[split]]
         rows[split] += [

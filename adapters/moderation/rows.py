@@ -2,7 +2,8 @@
 
     python -m adapters.moderation.rows
 
-train_posts.txt and heldout_posts.txt hold frames by label, edge_posts.txt one-off posts by split and label. Every
+train_posts.txt and heldout_posts.txt hold frames by label, edge_posts.txt one-off posts by split and label; the
+training rows take the frames of the pre-training corpus as well. Every
 run gives the same bytes. No two posts, within a file or across both, share half or more of their word 3-grams.
 """
 
@@ -10,19 +11,19 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from pretraining.corpus.moderation_posts import LABELS, Label
+from adapters.near import Seen
+from pretraining.corpus.moderation_posts import LABELS, Label, kinds
 from pretraining.corpus.moderation_words import fill, parse, sentence_case
 
 HERE = Path(__file__).parent
 QUOTA: dict[str, dict[Label, int]] = {
-    "train": {"allow": 540, "spam": 300, "harassment": 300, "threat": 300, "privacy": 300},
+    "train": {"allow": 1500, "spam": 700, "harassment": 700, "threat": 700, "privacy": 700},
     "heldout": {"allow": 50, "spam": 25, "harassment": 25, "threat": 25, "privacy": 25},
 }
 EARLIER = {"train": 40, "heldout": 5}  # posts that are only the earlier turn of a two-turn row
-MAX_OVERLAP = 0.5
 
 SYSTEMS = {
     "train": (
@@ -53,17 +54,6 @@ ASIDES = {
 Row = dict[str, object]
 
 
-def word_trigrams(text: str) -> frozenset[str]:
-    """The word 3-grams of a text, lower case and without punctuation; a shorter text is one gram."""
-    words = "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
-    return frozenset(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
-
-
-def overlap(a: frozenset[str], b: frozenset[str]) -> float:
-    """Jaccard similarity, 0 to 1."""
-    return len(a & b) / len(a | b)
-
-
 @dataclass(frozen=True)
 class Post:
     """A post with its label, and "edge" for a one-off or "new-phrasing" for one drawn from a frame."""
@@ -71,21 +61,6 @@ class Post:
     text: str
     label: Label
     tag: str
-
-
-@dataclass
-class Posts:
-    """The posts accepted so far, over both splits, and the test that a new one is no near-duplicate."""
-
-    seen: list[frozenset[str]] = field(default_factory=list)
-
-    def accept(self, text: str) -> bool:
-        """Record a post, or return False if it is too near to one that is recorded."""
-        grams = word_trigrams(text)
-        if any(overlap(grams, other) >= MAX_OVERLAP for other in self.seen):
-            return False
-        self.seen.append(grams)
-        return True
 
 
 def read_sections(name: str) -> dict[tuple[str, str], list[str]]:
@@ -114,24 +89,26 @@ def roughened(rng: random.Random, split: str, text: str) -> str:
     return text.rstrip(".") if 0.18 <= roll < 0.26 else text
 
 
-def draw_posts(rng: random.Random, split: str, label: Label, posts: Posts) -> list[Post]:
+def draw_posts(rng: random.Random, split: str, label: Label, seen: Seen) -> list[Post]:
     """The posts that fill a quota: the one-off posts, then the frames, each once before any twice.
 
     Raises ValueError if a one-off post is a near-duplicate or the frames cannot fill the quota.
     """
     drawn: list[Post] = []
     for text in read_sections("edge_posts.txt")[split, label]:
-        if not posts.accept(text):
+        if not seen.add(text):
             raise ValueError(f"the one-off post {text!r} is too near to another post")
         drawn.append(Post(text, label, "edge"))
     frames = [parse(line) for line in read_sections(f"{split}_posts.txt")["frames", label]]
+    if split == "train":  # the corpus words its posts in other ways again
+        frames += [frame for kind in kinds() if kind.label == label for frame in kind.frames]
     for _ in range(20):
         rng.shuffle(frames)
         for frame in frames:
             if len(drawn) == QUOTA[split][label] + EARLIER[split] // len(LABELS):
                 return drawn
             text = capitalised(fill(rng, frame, {}))
-            if posts.accept(text):
+            if seen.add(text):
                 drawn.append(Post(roughened(rng, split, text), label, "new-phrasing"))
     raise ValueError(f"the frames of {split} {label} gave {len(drawn)} posts, too few for the quota")
 
@@ -151,13 +128,13 @@ def as_row(rng: random.Random, split: str, post: Post, earlier: Post | None) -> 
     return {"messages": messages, "tags": [post.tag]} if split == "heldout" else {"messages": messages}
 
 
-def split_rows(split: str, posts: Posts) -> list[Row]:
+def split_rows(split: str, seen: Seen) -> list[Row]:
     """All rows of a split, shuffled. Some posts serve only as the earlier turn of another's row."""
     rng = random.Random(f"moderation {split}")
     last: list[Post] = []
     earlier: list[Post | None] = []
     for label in LABELS:
-        drawn = draw_posts(rng, split, label, posts)
+        drawn = draw_posts(rng, split, label, seen)
         last += drawn[: QUOTA[split][label]]
         earlier += drawn[QUOTA[split][label] :]
     earlier += [None] * (len(last) - len(earlier))
@@ -168,9 +145,9 @@ def split_rows(split: str, posts: Posts) -> list[Row]:
 
 def main() -> None:
     """Write both files and print how many rows each label has."""
-    posts = Posts()
+    seen = Seen()
     for split in ("heldout", "train"):
-        rows = split_rows(split, posts)
+        rows = split_rows(split, seen)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (HERE / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         labels = Counter(json.loads(line)["messages"][-1]["content"] for line in lines.splitlines())

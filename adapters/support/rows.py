@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from adapters.near import Seen
+from pretraining.corpus.support_tickets import ticket as corpus_ticket
 from pretraining.corpus.support_words import (
     CATEGORIES,
     DEVICES,
@@ -34,9 +36,6 @@ Row = dict[str, list[dict[str, str]] | list[str]]
 
 HERE = Path(__file__).parent
 OPENING, CLOSING = "Thanks for reaching out.", "We are here to help."
-MAX_SHARED_TRIGRAMS = (
-    0.5  # Jaccard of the word 3-grams of two tickets; from here on they count as near-duplicates
-)
 
 _QUALITIES = ("black", "blue", "green", "red", "white", "grey", "yellow", "brown", "silver", "small", "large")
 # How often a ticket of this kind is Angry, Worried, Neutral, Happy: few are glad about a stolen password.
@@ -61,7 +60,9 @@ class Counts:
     two_turn: int
 
 
-COUNTS: Mapping[Split, Counts] = {"train": Counts(1112, 325, 70), "heldout": Counts(78, 24, 8)}
+COUNTS: Mapping[Split, Counts] = {"train": Counts(3000, 900, 200), "heldout": Counts(78, 24, 8)}
+# Besides, for training only: tickets in the words of the pre-training corpus.
+CORPUS_COUNTS = Counts(1400, 480, 120)
 
 _TRIAGE_LEADS: Mapping[Split, tuple[str, ...]] = {
     "train": (
@@ -133,13 +134,17 @@ def triage_answer(category: Category, priority: Priority, sentiment: Sentiment) 
 
 def reply_answer(kind: Kind, slots: Mapping[str, str]) -> str:
     """The reply in the house tone: opening, the matter with the concrete thing copied and one next step, closing."""
+    return reply_sentences(kind, matter(kind, slots))
+
+
+def reply_sentences(kind: Kind, about: str) -> str:
     if kind.reason == PRAISE:
         feeling = "We are glad about"
     elif kind.priority == "Low":
         feeling = "We are happy to help with"
     else:
         feeling = "We are sorry about"
-    return f"{OPENING} {feeling} {matter(kind, slots)} and will {kind.step}. {CLOSING}"
+    return f"{OPENING} {feeling} {about} and will {kind.step}. {CLOSING}"
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
@@ -251,27 +256,6 @@ def _typed(rng: random.Random, text: str) -> str:
     return text.rstrip(".") if roll < 0.14 else text
 
 
-def trigrams(text: str) -> frozenset[str]:
-    """The word 3-grams of a text; of a text below three words, the text itself."""
-    words = re.findall(r"\w+", text.lower())
-    return frozenset(" ".join(words[index : index + 3]) for index in range(max(1, len(words) - 2)))
-
-
-class Seen:
-    """The tickets of both sets so far, to keep near-duplicates out."""
-
-    def __init__(self) -> None:
-        self._grams: list[frozenset[str]] = []
-
-    def add(self, text: str) -> bool:
-        """Record `text`, or return False if it shares too many 3-grams with a ticket that is recorded."""
-        own = trigrams(text)
-        if any(len(own & other) >= MAX_SHARED_TRIGRAMS * len(own | other) for other in self._grams):
-            return False
-        self._grams.append(own)
-        return True
-
-
 def draw_tickets(rng: random.Random, sections: Sections, seen: Seen) -> Iterator[Ticket]:
     """Tickets without end: the categories in turn, in each of them its frames in turn, near-duplicates left out."""
     frames: dict[Category, list[tuple[str, str]]] = {category: [] for category in CATEGORIES}
@@ -287,6 +271,15 @@ def draw_tickets(rng: random.Random, sections: Sections, seen: Seen) -> Iterator
         if seen.add(ticket.text):
             yield ticket
         index += 1
+
+
+def corpus_tickets(rng: random.Random, seen: Seen) -> Iterator[Ticket]:
+    """Tickets of the pre-training corpus without end, near-duplicates left out, with this adapter's answers."""
+    while True:
+        drawn = corpus_ticket(rng)
+        if seen.add(drawn.text):
+            triage = triage_answer(drawn.kind.category, drawn.priority, drawn.sentiment)
+            yield Ticket(drawn.text, triage, reply_sentences(drawn.kind, drawn.matter))
 
 
 def triage_messages(rng: random.Random, split: Split, ticket: Ticket) -> list[dict[str, str]]:
@@ -340,6 +333,11 @@ def _split_rows(split: Split, cases: list[Ticket], seen: Seen) -> list[Row]:
         chats.append((reply_messages(rng, split, next(tickets)), ["new-phrasing", "reply"]))
     for _ in range(counts.two_turn):
         chats.append((two_turn_messages(rng, split, next(tickets)), ["new-phrasing", "reply", "two-turn"]))
+    if split == "train":
+        corpus = corpus_tickets(rng, seen)
+        chats += [(triage_messages(rng, split, next(corpus)), []) for _ in range(CORPUS_COUNTS.triage)]
+        chats += [(reply_messages(rng, split, next(corpus)), []) for _ in range(CORPUS_COUNTS.reply)]
+        chats += [(two_turn_messages(rng, split, next(corpus)), []) for _ in range(CORPUS_COUNTS.two_turn)]
     rows: list[Row] = []
     for messages, tags in chats:
         if rng.random() < 0.06:

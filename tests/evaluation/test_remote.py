@@ -100,6 +100,7 @@ def test_a_peer_is_asked_every_row_and_costs_by_its_own_count(chat: FakeChat) ->
     answers, cost = ask_peer(
         Endpoint(chat.url, "good", None),
         asked,
+        [row.answer for row in asked],
         [prompting.messages(row) for row in asked],
         max_tokens=7,
         price_in=2.0,

@@ -187,6 +187,16 @@ def test_heldout_prompts_that_were_trained_on_are_told(folder: Path, tmp_path: P
     assert result["arms"]["shots"]["shots"] == [2]
 
 
+def test_rows_that_ask_for_facts_are_told_to_use_retrieval(folder: Path, tmp_path: Path) -> None:
+    capitals = ["Oslo", "Lima", "Quito", "Accra", "Hanoi"]
+    asked = [row(f"What is the capital of country {i}?", name) for i, name in enumerate(capitals)]
+    data = write_rows(tmp_path / "facts.jsonl", asked)
+    (result,) = report_of(folder, tmp_path, adapter=("one",), data=data)
+    assert any(sentence.startswith("Use retrieval: 5 of 5") for sentence in result["verdict"])
+    (result,) = report_of(folder, tmp_path, adapter=("one",))
+    assert not any("retrieval" in sentence for sentence in result["verdict"])
+
+
 def test_a_missed_limit_is_told_and_a_kept_one_is_not(folder: Path) -> None:
     _, missed = evaluate(told(folder, adapter=("one",), fail_under=("exact=0.5", "general=0.0001")))
     assert missed == ["one: exact is 0.0000, under 0.5"]
