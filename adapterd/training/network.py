@@ -127,7 +127,9 @@ class Network:
                 f"{type(self.model).__name__} has no gradient checkpointing; use --gradient-checkpointing off",
                 param="gradient_checkpointing",
             )
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has renamed the one that 5.17 has.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         for layer in layers:
             # The layer alone is in training mode, which is when it recomputes; what is in it drops nothing out.
             layer.training = True

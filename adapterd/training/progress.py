@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Steps, loss, tokens a second and minutes left. Speed counts from `start`, so a resumed run shows its own."""
 
-    def __init__(self, *, first_step: int, max_steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, first_step: int, max_steps: int, steps_per_epoch: int) -> None:
         self._first_step = first_step
         self._max_steps = max_steps
         self._steps_per_epoch = steps_per_epoch

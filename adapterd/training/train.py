@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,47 +119,47 @@ def _learn(recipe: Recipe, checkpoint_directory: Path, stop: threading.Event) ->
         loss, accuracy = network.evaluate(dataset.validation)
         _check_finite("the validation loss before any step", loss)
         state.history.append(StepRecord(0, valid_loss=loss, valid_accuracy=accuracy))
-    tensorboard = TensorBoardLog(recipe.tensorboard, first_step=state.step + 1)
-    progress = Progress(first_step=state.step, max_steps=plan.max_steps, steps_per_epoch=plan.steps_per_epoch)
     epochs = _Epochs(dataset, recipe)
     last_checkpoint = time.monotonic()
-    while not schedule.is_done(state.step):
-        if stop.is_set():
-            _interrupt(checkpoints, state)
-        step = state.step + 1
-        examples = epochs.batch(step)
-        rate = plan.learning_rate * schedule.factor(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    with (
+        closing(TensorBoardLog(recipe.tensorboard, first_step=state.step + 1)) as tensorboard,
+        closing(Progress(state.step, plan.max_steps, plan.steps_per_epoch)) as progress,
+    ):
+        while not schedule.is_done(state.step):
+            if stop.is_set():
+                _interrupt(checkpoints, state)
+            step = state.step + 1
+            examples = epochs.batch(step)
+            rate = plan.learning_rate * schedule.factor(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
 
-        loss, accuracy = network.gradient(examples)
-        norm = torch.nn.utils.clip_grad_norm_(network.trainable.values(), MAX_GRADIENT_NORM)
-        _check_finite(f"the loss of step {step}", loss)
-        _check_finite(f"the gradient's norm in step {step}", float(norm))
-        optimizer.step()
-        optimizer.zero_grad()
+            loss, accuracy = network.gradient(examples)
+            norm = torch.nn.utils.clip_grad_norm_(network.trainable.values(), MAX_GRADIENT_NORM)
+            _check_finite(f"the loss of step {step}", loss)
+            _check_finite(f"the gradient's norm in step {step}", float(norm))
+            optimizer.step()
+            optimizer.zero_grad()
 
-        record = StepRecord(step, loss, accuracy)
-        if step % plan.steps_per_evaluation == 0 or step == schedule.decay_end:
-            record = StepRecord(step, loss, accuracy, *network.evaluate(dataset.validation))
-            assert record.valid_loss is not None
-            _check_finite(f"the validation loss after step {step}", record.valid_loss)
-            if schedule.observe(step, record.valid_loss):
-                state.keep_as_best()
-            if schedule.flat_at == step:
-                _logger.info(
-                    "the validation loss is flat: decaying from step %d to %d", step, schedule.decay_end
-                )
-        state.step = step
-        state.history.append(record)
-        tensorboard.add(record, rate)
-        num_tokens = sum(example.num_tokens for example in examples)
-        progress.step(record, num_tokens=num_tokens, last_step=schedule.decay_end)
-        if time.monotonic() - last_checkpoint >= recipe.checkpoint_seconds:
-            checkpoints.save(state.step, state.snapshot())
-            last_checkpoint = time.monotonic()
-    progress.close()
-    tensorboard.close()
+            record = StepRecord(step, loss, accuracy)
+            if step % plan.steps_per_evaluation == 0 or step == schedule.decay_end:
+                record = StepRecord(step, loss, accuracy, *network.evaluate(dataset.validation))
+                assert record.valid_loss is not None
+                _check_finite(f"the validation loss after step {step}", record.valid_loss)
+                if schedule.observe(step, record.valid_loss):
+                    state.keep_as_best()
+                if schedule.flat_at == step:
+                    _logger.info(
+                        "the validation loss is flat: decaying from step %d to %d", step, schedule.decay_end
+                    )
+            state.step = step
+            state.history.append(record)
+            tensorboard.add(record, rate)
+            num_tokens = sum(example.num_tokens for example in examples)
+            progress.step(record, num_tokens=num_tokens, last_step=schedule.decay_end)
+            if time.monotonic() - last_checkpoint >= recipe.checkpoint_seconds:
+                checkpoints.save(state.step, state.snapshot())
+                last_checkpoint = time.monotonic()
 
     # What is kept is the best step, not the last one.
     _put(state.best, network.trainable)

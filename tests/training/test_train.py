@@ -183,7 +183,7 @@ def test_only_named_targets_are_adapted(told: TrainSettings, base: Path) -> None
 
 
 def test_unknown_target_is_refused_though_another_matches(told: TrainSettings) -> None:
-    with pytest.raises(InvalidRequest, match=r"no linear 'c_attn'; it has .*q_proj"):
+    with pytest.raises(InvalidRequest, match=r"no linear 'c_attn' that takes adapters; it has .*q_proj"):
         train(but(told, target_modules=("q_proj", "c_attn")))
 
 
