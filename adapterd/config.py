@@ -261,7 +261,10 @@ class TrainSettings(Settings):
     batch_size: int = Field(8, ge=1, description="rows in one optimiser step")
     micro_batch_tokens: int = Field(16384, ge=1, description="tokens computed at once at most")
     max_length: int | None = Field(
-        None, ge=1, description="longer rows are refused (default: the base's context)"
+        None, ge=1, description="tokens of a row at most (default: the base's context)"
+    )
+    on_too_long: Literal["error", "drop"] = Field(
+        "error", description="longer rows are refused by line, or left out and said so; none is ever cut"
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="compute rows end to end without padding (auto: where the family proves exact)"

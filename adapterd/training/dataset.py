@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from adapterd.errors import InvalidRequest
 from adapterd.render import Renderer
-from adapterd.training.data import Example, encode_rows, read_rows, refuse_leaks, split_validation
+from adapterd.training.data import (
+    Example,
+    dropped_rows,
+    encode_rows,
+    read_rows,
+    refuse_leaks,
+    split_validation,
+)
 from adapterd.training.recipe import Recipe
 
 
@@ -38,16 +45,18 @@ def read_dataset(recipe: Recipe, renderer: Renderer, *, max_length: int) -> Data
     else:
         validation_path = recipe.data
         rows, validation_rows = split_validation(rows, fraction=recipe.validation_fraction, seed=recipe.seed)
-    training = encode_rows(rows, renderer, max_length=max_length, path=recipe.data)
-    validation = encode_rows(validation_rows, renderer, max_length=max_length, path=validation_path)
+    training, validation = (
+        encode_rows(some, renderer, max_length=max_length, path=path, on_too_long=recipe.on_too_long)
+        for some, path in ((rows, recipe.data), (validation_rows, validation_path))
+    )
     for examples, path in ((training, recipe.data), (validation, validation_path)):
         if not any(example.answer_ids for example in examples):
             raise InvalidRequest(f"{path}: no token of it would be learnt", param="data")
     return Dataset(
         training=training,
         validation=validation,
-        num_rows=len(rows),
-        num_validation_rows=len(validation_rows),
+        num_rows=len(rows) - len(dropped_rows(rows, training)),
+        num_validation_rows=len(validation_rows) - len(dropped_rows(validation_rows, validation)),
         data_sha256=hashlib.sha256(recipe.data.read_bytes()).hexdigest(),
         digest=_digest(training, validation),
     )

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, read_adapter
 from adapterd.config import EngineSettings, TrainSettings, load_settings
 from adapterd.daemon import Daemon
-from adapterd.errors import AdapterdError, InvalidRequest
+from adapterd.errors import AdapterdError, AdapterRefused, InvalidRequest
 from adapterd.evaluation import CARD_BEGIN, CARD_END
 from adapterd.peft_config import CONFIG_FILE
 from adapterd.render import Renderer
@@ -211,6 +211,18 @@ def test_row_beyond_max_length_is_named(told: TrainSettings) -> None:
         train(but(told, max_length=10))
 
 
+def test_rows_that_are_too_long_are_left_out_if_told_so(
+    told: TrainSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with told.data.open("a") as file:
+        messages = [{"role": "user", "content": "long " * 400}, {"role": "assistant", "content": "x"}]
+        file.write(json.dumps({"messages": messages}) + "\n")
+    directory = train(but(told, on_too_long="drop", epochs=0.4))
+    seal = json.loads((directory / SEAL_FILE).read_text())
+    assert seal["num_rows"] + seal["num_validation_rows"] == 24
+    assert "left out: lines 25" in caplog.text
+
+
 def test_trained_in_place_beside_its_recipe(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "support"
     folder.mkdir()
@@ -392,6 +404,13 @@ def test_rslora_is_folded_into_alpha(told: TrainSettings, base: Path) -> None:
     assert (config["lora_alpha"], config["use_rslora"]) == (32.0, False)
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)
     assert loaded.base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8 / 16**0.5
+
+
+def test_dora_is_refused_before_it_is_trained(told: TrainSettings) -> None:
+    with pytest.raises(AdapterRefused, match=r"could not be served, so it is not trained: .*use_dora"):
+        train(but(told, use_dora=True))
+    assert told.out is not None
+    assert not told.out.exists()
 
 
 def test_warm_start_goes_on_from_an_adapter(told: TrainSettings) -> None:
