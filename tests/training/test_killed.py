@@ -5,11 +5,11 @@ Three kills here; the campaign of fifty is `KILLS=50 python -m pytest tests/trai
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +37,35 @@ def command(tmp_path: Path) -> list[str]:
     ]
 
 
-def start(command: list[str], out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--out", str(out)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
+class Run:
+    """The command in a process of its own, its log in a file."""
+
+    def __init__(self, command: list[str], out: Path) -> None:
+        self.out = out
+        self._log = out.with_suffix(".log")
+        with self._log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*command, "--out", str(out)],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not holds() and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.001)
+
+    def end(self, number: int | None = None) -> int:
+        if number is not None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=300)
 
 
 def newest_step(out: Path) -> int:
@@ -49,54 +73,37 @@ def newest_step(out: Path) -> int:
     return max(found, default=0)
 
 
-def kill_after(process: subprocess.Popen[str], out: Path, step: int, delay: float, number: int) -> None:
-    """Send the signal `delay` seconds after the checkpoint of `step` is there, wherever the run is by then."""
-    deadline = time.monotonic() + 120
-    while newest_step(out) < step and process.poll() is None:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.send_signal(number)
-    process.wait(timeout=60)
-
-
 def test_killed_and_resumed_is_bit_identical(command: list[str], tmp_path: Path) -> None:
-    through = start(command, tmp_path / "through")
-    assert through.wait(timeout=300) == 0, through.stderr and through.stderr.read()
+    through = Run(command, tmp_path / "through")
+    assert through.end() == 0, through.log
     num_steps = 12 * 14  # 54 rows to train on, 4 a step
     rng = random.Random(os.environ.get("KILL_SEED", "1"))
     out = tmp_path / "killed"
     killed_at = []
     for kill in range(KILLS):
-        process = start(command, out)
+        run = Run(command, out)
         # Spread over the whole run, so that each of many kills finds something left to do.
-        step = (
-            newest_step(out) + 1 + rng.randrange(max(1, (num_steps - newest_step(out)) // (KILLS - kill + 1)))
-        )
-        kill_after(process, out, step, rng.random() * 0.02, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        done = newest_step(out)
+        wanted = done + 1 + rng.randrange(max(1, (num_steps - done) // (KILLS - kill + 1)))
+        run.until(lambda wanted=wanted: newest_step(out) >= wanted)
+        time.sleep(rng.random() * 0.02)  # wherever it is by then
+        assert run.end(signal.SIGKILL) == -signal.SIGKILL, run.log
         killed_at.append(newest_step(out))
-    last = start(command, out)
-    _, log = last.communicate(timeout=300)
-    assert last.returncode == 0, log
-    assert f"going on after step {killed_at[-1]}" in log
+    last = Run(command, out)
+    assert last.end() == 0, last.log
+    assert f"going on after step {killed_at[-1]}" in last.log
     print(f"{KILLS} kills, newest checkpoint after each: {killed_at}")
     for name in (WEIGHTS_FILE, SEAL_FILE, METRICS_FILE):
         assert (out / "support" / name).read_bytes() == (tmp_path / "through" / "support" / name).read_bytes()
 
 
 def test_sigterm_leaves_a_checkpoint_and_a_code_of_its_own(command: list[str], tmp_path: Path) -> None:
-    command = [*command, "--checkpoint-seconds", "3600", "--epochs", "2000"]
-    process = start(command, tmp_path)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "at most 28000 steps" in line:
-            break
+    out = tmp_path / "adapters"
+    run = Run([*command, "--checkpoint-seconds", "3600", "--epochs", "2000"], out)
+    run.until(lambda: "at most 28000 steps" in run.log)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED, log
-    assert f"stopped after step {newest_step(tmp_path)}; the same command goes on" in log
-    assert newest_step(tmp_path) > 0
-    assert not (tmp_path / "support").exists()
-    shutil.rmtree(tmp_path / ".runs")
+    assert run.end(signal.SIGTERM) == EXIT_STOPPED, run.log
+    step = newest_step(out)
+    assert f"stopped after step {step}; the same command goes on" in run.log
+    assert step > 0
+    assert not (out / "support").exists()
