@@ -272,8 +272,8 @@ class TrainSettings(Settings):
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="compute activations twice to save memory (auto: if they would not fit)"
     )
-    quantize: Literal["none", "nf4"] = Field(
-        "none", description="hold the base in 4 bits (QLoRA; CUDA and bitsandbytes)"
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit"] = Field(
+        "none", description="hold the base in 8 or 4 bits (QLoRA; CUDA and bitsandbytes)"
     )
     patience: int = Field(
         3, ge=1, description="evaluations without a better loss before decaying, and again before stopping"

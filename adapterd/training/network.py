@@ -14,7 +14,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapterd.adapter_writer import base_fingerprint
@@ -56,7 +55,7 @@ class Network:
     pad_id: int
     packed: bool
     micro_batch_tokens: int
-    quantized: bool
+    quantization: str
     start_digest: str | None
     checkpointed: bool = False
 
@@ -160,7 +159,7 @@ class Network:
         if largest <= _SMALLEST_MICRO_BATCH and self.checkpointed:
             raise InvalidRequest(
                 f"the device has no memory for {largest} tokens at once; use a smaller --max-length,"
-                " --quantize nf4 or a smaller base"
+                " --quantization bnb-4bit or a smaller base"
             )
         for parameter in self.trainable.values():
             parameter.grad = None
@@ -187,15 +186,18 @@ def build_network(recipe: Recipe, renderer: Renderer) -> Network:
     device = choose_device(recipe.device)
     dtype = _compute_dtype(recipe.dtype, device)
     packed = _is_packed(recipe, config)
+    _check_quantization(recipe, device)
     register_attention()
     model: Any = load_weights(
         directory,
         recipe.base,
         "float32" if dtype == torch.float32 else "bfloat16",
         device,
+        recipe.quantization,
         attention=ATTENTION_NAME if packed else None,
-        quantization=_quantization(recipe, device),
     )
+    if recipe.quantization == "none":  # bitsandbytes has placed its own
+        model.to(device)
     if base_fingerprint(directory) != fingerprint:
         raise BaseRefused(f"the base in {directory} was rewritten while it was read; start again")
     model.requires_grad_(False)
@@ -240,7 +242,7 @@ def build_network(recipe: Recipe, renderer: Renderer) -> Network:
         pad_id=renderer.stop_token_id,
         packed=packed,
         micro_batch_tokens=recipe.micro_batch_tokens,
-        quantized=recipe.quantize != "none",
+        quantization=recipe.quantization,
         start_digest=None if start is None else start.id.digest,
     )
     if start is not None:
@@ -268,25 +270,23 @@ def _is_packed(recipe: Recipe, config: Any) -> bool:
     return False
 
 
-def _quantization(recipe: Recipe, device: torch.device) -> Any:
-    """QLoRA's base: NF4 with double quantisation, computed in bfloat16 (Dettmers et al., arXiv 2305.14314)."""
-    if recipe.quantize == "none":
-        return None
+def _check_quantization(recipe: Recipe, device: torch.device) -> None:
+    """QLoRA (Dettmers et al., arXiv 2305.14314) needs bitsandbytes' kernels; whether they are there is known now."""
+    if recipe.quantization == "none":
+        return
     if device.type != "cuda":
         raise ConfigError(
-            "--quantize nf4 needs a CUDA device: bitsandbytes has no fast kernels for others. Leave it out; on"
-            " a CPU --dtype bfloat16 halves the base's memory",
-            param="quantize",
+            f"--quantization {recipe.quantization} needs a CUDA device to train on: bitsandbytes has no fast kernels"
+            " for others. Leave it out; on a CPU --dtype bfloat16 halves the base's memory",
+            param="quantization",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "--quantize nf4 needs the package bitsandbytes: pip install 'adapterd[qlora]'", param="quantize"
+            f"--quantization {recipe.quantization} needs the package bitsandbytes: pip install 'adapterd[bnb]'",
+            param="quantization",
         )
     if recipe.dtype == "float32":
-        raise ConfigError("--quantize nf4 computes in bfloat16; leave --dtype float32 out", param="dtype")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+        raise ConfigError(
+            f"--quantization {recipe.quantization} computes in bfloat16; leave --dtype float32 out",
+            param="dtype",
+        )

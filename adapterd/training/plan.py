@@ -39,7 +39,7 @@ class Plan:
             "batch_size": recipe.batch_size,
             "micro_batch_tokens": recipe.micro_batch_tokens,
             "packed": network.packed,
-            "quantize": recipe.quantize,
+            "quantization": recipe.quantization,
             "patience": recipe.patience,
             "evaluations_per_epoch": recipe.evaluations_per_epoch,
             "seed": recipe.seed,
@@ -66,7 +66,8 @@ class Plan:
             self.max_steps,
             self.epochs,
             self.learning_rate,
-            str(network.dtype).removeprefix("torch.") + (" over a 4-bit base" if network.quantized else ""),
+            str(network.dtype).removeprefix("torch.")
+            + ("" if network.quantization == "none" else f" over a {network.quantization} base"),
             "packed" if network.packed else "padded",
             network.device,
         )

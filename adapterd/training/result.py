@@ -37,7 +37,7 @@ class Result:
     target_modules: tuple[str, ...]
     dtype: torch.dtype
     device: torch.device
-    quantized: bool
+    quantization: str
     facts: tuple[tuple[str, str], ...]
     settings: Mapping[str, object]
     notes: Mapping[str, object]
@@ -71,7 +71,7 @@ class Result:
             "weight_decay": recipe.weight_decay,
             "batch_size": recipe.batch_size,
             "patience": recipe.patience,
-            "quantize": recipe.quantize,
+            "quantization": recipe.quantization,
             "dtype": str(network.dtype).removeprefix("torch."),
             "seed": recipe.seed,
         }
@@ -85,7 +85,7 @@ class Result:
             target_modules=tuple(sorted(network.config.target_modules)),
             dtype=network.dtype,
             device=network.device,
-            quantized=network.quantized,
+            quantization=network.quantization,
             facts=(
                 ("base", f"`{recipe.base}`, fingerprint `{network.fingerprint[:12]}`"),
                 ("base's revision", f"`{revision}`" if revision else "none: a local directory"),
@@ -109,7 +109,9 @@ class Result:
                 "seed": recipe.seed,
                 "learning_rate": plan.learning_rate,
                 "use_rslora": recipe.use_rslora,
-                "trained_on": "nf4" if network.quantized else str(network.dtype).removeprefix("torch."),
+                "trained_on": network.quantization
+                if network.quantization != "none"
+                else str(network.dtype).removeprefix("torch."),
             },
         )
 

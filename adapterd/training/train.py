@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, stop: threading.Event | None = None) -> Path:
             device=learnt.result.device,
             examples=learnt.held_back,
             trained=learnt.logprobs,
-            exact=not learnt.result.quantized,
+            quantization=learnt.result.quantization,
         )
         _logger.info("round trip: %s", proof)
         write_result(staged, learnt.result, proof)

@@ -16,7 +16,7 @@ from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, read_adapter
 from adapterd.config import EngineSettings, TrainSettings, load_settings
 from adapterd.daemon import Daemon
 from adapterd.errors import AdapterdError, AdapterRefused, InvalidRequest
-from adapterd.evaluation import CARD_BEGIN, CARD_END
+from adapterd.evaluation.report import CARD_BEGIN, CARD_END
 from adapterd.peft_config import CONFIG_FILE
 from adapterd.render import Renderer
 from adapterd.training.batches import collate, epoch_batches, num_labels
@@ -430,7 +430,7 @@ def test_warm_start_goes_on_from_an_adapter(told: TrainSettings) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantize": "nf4"}, "--quantize nf4 needs a CUDA device"),
+        ({"quantization": "bnb-4bit"}, "--quantization bnb-4bit needs a CUDA device"),
         ({"device": "cuda"}, "no CUDA device"),
         ({"warm_start": Path("nowhere")}, "nowhere cannot be resolved"),
         ({"base": "nowhere"}, "no such directory"),
