@@ -28,11 +28,14 @@ def write_adapter(
     base_name: str,
     base_fingerprint: str | None,
     dtype: torch.dtype = torch.float32,
+    magnitudes: Mapping[str, torch.Tensor] | None = None,
+    revision: str | None = None,
     notes: Mapping[str, object] | None = None,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write (a, b) of each module path. a: [r, d_in]; b: [d_out, r]; stored as `dtype`.
 
+    `magnitudes` [d_out] of each module make it a DoRA adapter. `revision` is the base's commit on the Hub.
     `notes` go into adapterd.json beside the hashes, `extra_files` (name -> text) into the directory. Files
     of an existing directory that are not named here stay as they are. Raises ValueError for values that
     are not finite in `dtype`.
@@ -46,6 +49,11 @@ def write_adapter(
                     f"{module}.lora_{side} holds values that {dtype} cannot; the adapter was not written"
                 )
             weights[f"{PREFIX}{module}.lora_{side}.weight"] = stored
+    for module, magnitude in (magnitudes or {}).items():
+        stored = magnitude.detach().to("cpu", dtype).contiguous()
+        if not torch.isfinite(stored).all():
+            raise ValueError(f"the magnitude of {module} holds values that {dtype} cannot")
+        weights[f"{PREFIX}{module}.lora_magnitude_vector"] = stored
     config = {
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -59,6 +67,8 @@ def write_adapter(
         "target_modules": sorted(target_modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
+        **({"use_dora": True} if magnitudes else {}),
+        **({"revision": revision} if revision else {}),
     }
     contents = {
         CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -73,7 +83,7 @@ def write_adapter(
     }
     contents[SEAL_FILE] = (json.dumps(seal, indent=2, sort_keys=True) + "\n").encode()
     if directory.exists():
-        _replace_files(directory, contents)
+        replace_files(directory, contents)
     else:
         _create_directory(directory, contents)
 
@@ -109,15 +119,16 @@ def _create_directory(directory: Path, contents: Mapping[str, bytes]) -> None:
     try:
         for name, data in contents.items():
             _write(temporary / name, data)
-        _sync(temporary)
+        sync_directory(temporary)
         temporary.rename(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(directory.parent)
+    sync_directory(directory.parent)
 
 
-def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+def replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Give an existing directory these files, each by one rename, in order; others stay as they are."""
     staged = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
         for name, data in contents.items():
@@ -128,7 +139,7 @@ def _replace_files(directory: Path, contents: Mapping[str, bytes]) -> None:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
         raise
-    _sync(directory)
+    sync_directory(directory)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -138,7 +149,8 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Have the disk know what names the directory holds."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -28,10 +28,13 @@ from adapterd.config import (
 )
 from adapterd.errors import AdapterdError, ConfigError
 from adapterd.lora_modules import LoraModule
+from adapterd.training.errors import TrainingInterrupted
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3  # a --fail-under limit was missed
+EXIT_STOPPED = 75
+"""sysexits.h's EX_TEMPFAIL: training was asked to stop and can go on."""
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AdapterdError as error:
         for line in error.message.splitlines():
             print(f"adapterd: {line}", file=sys.stderr)
+        if isinstance(error, TrainingInterrupted):
+            return EXIT_STOPPED
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -118,10 +123,18 @@ def serve(flags: dict[str, Any]) -> int:
 
 def train(flags: dict[str, Any]) -> int:
     settings = _settings(TrainSettings, flags)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait for the checkpoint
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
 
     from adapterd.training.train import train
 
-    print(f"wrote {train(settings)}")
+    print(f"wrote {train(settings, stop=stop)}")
     return 0
 
 

@@ -232,23 +232,68 @@ class TrainSettings(Settings):
         0.1, gt=0, lt=1, description="part of --data held back for early stopping"
     )
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="name of the adapter")
-    out: Path | None = Field(None, description="the adapter's folder (default: NAME, where --data lies)")
-    rank: int = Field(16, ge=1, le=1024, description="rank of the update")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    out: Path | None = Field(
+        None,
+        description="directory of adapters to publish into, as OUT/NAME (default: adapters, or the folder of"
+        " --data itself if it bears the adapter's name)",
+    )
+    rank: int | None = Field(None, ge=1, le=1024, description="rank of the update (default: 16)")
+    alpha: float | None = Field(
+        None, gt=0, description="the update is scaled by alpha / rank (default: twice the rank)"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    use_dora: bool = Field(False, description="train a magnitude for each output as well (DoRA)")
+    warm_start: Path | None = Field(
+        None, description="PEFT directory to go on from; its rank, scale and linears are kept"
+    )
     target_modules: Names = Field(("all-linear",), description="linears to adapt, by last name")
-    max_epochs: float = Field(3.0, gt=0, description="passes over the rows at most")
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the rows at most (default: 10 for few rows to 1 for many)"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate (default: by the base's size, 2e-4 at 8 billion)"
+    )
     warmup_fraction: float = Field(0.05, ge=0, le=1, description="part of the steps that warm up")
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="part of the steps in which the rate falls to nothing at the end"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of A and B")
     batch_size: int = Field(8, ge=1, description="rows in one optimiser step")
+    micro_batch_tokens: int = Field(16384, ge=1, description="tokens computed at once at most")
     max_length: int | None = Field(
-        None, ge=1, description="longer rows are refused (default: the base's context)"
+        None, ge=1, description="tokens of a row at most (default: the base's context)"
     )
-    patience: int = Field(3, ge=1, description="evaluations without a better loss before stopping")
+    on_too_long: Literal["error", "drop"] = Field(
+        "error", description="longer rows are refused by line, or left out and said so; none is ever cut"
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute rows end to end without padding (auto: where the family proves exact)"
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute activations twice to save memory (auto: if they would not fit)"
+    )
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit"] = Field(
+        "none", description="hold the base in 8 or 4 bits (QLoRA; CUDA and bitsandbytes)"
+    )
+    patience: int = Field(
+        3, ge=1, description="evaluations without a better loss before decaying, and again before stopping"
+    )
     evaluations_per_epoch: int = Field(2, ge=1, description="how often the validation loss is measured")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation and row order")
-    dtype: DType = Field("auto", description="type of the frozen base; A and B are always float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="type to compute in (auto: bfloat16, float32 on a CPU); A and B are always float32",
+    )
     device: Device = Field("auto", description="where to compute (auto: cuda if there is one)")
+    checkpoint_seconds: float = Field(
+        30.0, gt=0, description="a killed run loses at most the work of this time"
+    )
+    resume: bool = Field(
+        True, description="go on from where a run of the same name was ended; --no-resume starts afresh"
+    )
+    tensorboard: Path | None = Field(
+        None, description="directory to write TensorBoard logs into (needs tensorboardX)"
+    )
 
 
 class TaskSettings(Settings):

@@ -4,6 +4,7 @@ What a model is trained on and what it is asked are the same ids because they co
 Safe to call from many threads: nothing here changes after `load`.
 """
 
+import hashlib
 import inspect
 import json
 import random
@@ -90,6 +91,11 @@ class Renderer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """What tells one chat template from another; of no template, that of the empty text."""
+        return hashlib.sha256(str(self._tokenizer.chat_template or "").encode()).hexdigest()
 
     def render_text(
         self,

@@ -62,6 +62,6 @@ def test_other_commands_work_on_a_copy(code: str, tmp_path: Path) -> None:
         elif command.startswith("adapterd serve"):
             run(["bash", "-euc", command + " --help"], cwd=tmp_path)
         elif command.startswith("adapterd train"):
-            run(["bash", "-euc", command + " --max-epochs 0.2"], cwd=tmp_path)
+            run(["bash", "-euc", command + " --epochs 0.2"], cwd=tmp_path)
         else:
             run(["bash", "-euc", command], cwd=tmp_path)

@@ -68,16 +68,16 @@ def load_base(
     register_attention()
     transformers.utils.logging.disable_progress_bar()  # the daemon's log is for lines
     directory = find_base(name_or_dir)
-    config = _read_config(directory, name_or_dir)
-    context = _exact_context(config, max_model_len)
-    where = _choose_device(device)
+    config = read_config(directory, name_or_dir)
+    context = exact_context(config, max_model_len)
+    where = choose_device(device)
     on_cpu = where.type == "cpu"
     if on_cpu:
         use_all_cores()
     # The probe is small and in float32, whatever the model will be.
     probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
     probe_family(config, max_position=context - 1, kernels=probe_kernels)
-    model = _load_weights(directory, name_or_dir, dtype, where, quantization)
+    model = load_weights(directory, name_or_dir, dtype, where, quantization)
     model.requires_grad_(False).eval()
     num_parameters = model.num_parameters()
     if quantization == "int8":
@@ -115,7 +115,8 @@ def _default_name(name_or_dir: str) -> str:
     return name_or_dir if not Path(name_or_dir).expanduser().is_dir() else Path(name_or_dir).resolve().name
 
 
-def _read_config(directory: Path, name: str) -> Any:
+def read_config(directory: Path, name: str) -> Any:
+    """The config of a decoder that is stored in 16 or 32 bits; anything else is BaseRefused."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
@@ -129,10 +130,18 @@ def _read_config(directory: Path, name: str) -> Any:
     return config
 
 
-def _load_weights(
-    directory: Path, name: str, dtype: DtypeName, device: torch.device, quantization: QuantizationName
+def load_weights(
+    directory: Path,
+    name: str,
+    dtype: DtypeName,
+    device: torch.device,
+    quantization: QuantizationName,
+    *,
+    attention: str | None = ATTENTION_NAME,
 ) -> Any:
-    """The model, still on the host but for bitsandbytes, which quantises where it computes."""
+    """The model as its checkpoint says, or BaseRefused; still on the host but for bitsandbytes, which quantises
+    where it computes. `attention`: transformers' name of the attention function, None for its own choice.
+    """
     if not list(directory.glob("*.safetensors")):
         raise BaseRefused(f"base '{name}': no *.safetensors in its directory; other formats are not read")
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -141,7 +150,7 @@ def _load_weights(
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=wanted,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -194,7 +203,8 @@ def _check_complete(model: Any, report: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _choose_device(device: DeviceName) -> torch.device:
+def choose_device(device: DeviceName) -> torch.device:
+    """What `--device` means on this machine."""
     if device == "cuda" and not torch.cuda.is_available():
         raise BaseRefused("--device cuda, but this torch sees no CUDA device; use --device cpu")
     if device == "auto":
@@ -202,7 +212,7 @@ def _choose_device(device: DeviceName) -> torch.device:
     return torch.device(device)
 
 
-def _exact_context(config: Any, max_model_len: int | None) -> int:
+def exact_context(config: Any, max_model_len: int | None) -> int:
     """The longest context that is exact, or the shorter one asked for.
 
     RoPE variants that change their frequencies with the longest position of the forward (longrope, dynamic)

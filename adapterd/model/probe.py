@@ -47,9 +47,9 @@ def probe_family(config: Any, max_position: int, kernels: Kernels = TORCH_KERNEL
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
         try:
-            small = _shrink(config)
-            eager, paged = _build(small, "eager"), _build(small, ATTENTION_NAME)
-            _spread_weights(eager)
+            small = shrink_config(config)
+            eager, paged = build_model(small, "eager"), build_model(small, ATTENTION_NAME)
+            spread_weights(eager)
             paged.load_state_dict(eager.state_dict())
             difference = _largest_difference(eager, paged, max_position, kernels)
         except BaseRefused:
@@ -67,7 +67,7 @@ def probe_family(config: Any, max_position: int, kernels: Kernels = TORCH_KERNEL
     return difference
 
 
-def _build(config: Any, attention: str) -> Any:
+def build_model(config: Any, attention: str) -> Any:
     # A copy, since transformers notes the attention's name in the config that the model keeps.
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
@@ -75,7 +75,7 @@ def _build(config: Any, attention: str) -> Any:
     return model.eval()
 
 
-def _shrink(config: Any) -> Any:
+def shrink_config(config: Any) -> Any:
     """The same family with few layers (one of each kind at least) and a small vocabulary."""
     small = copy.deepcopy(config.get_text_config())
     num_layers = small.num_hidden_layers
@@ -95,7 +95,7 @@ def _shrink(config: Any) -> Any:
     return small
 
 
-def _spread_weights(model: Any) -> None:
+def spread_weights(model: Any) -> None:
     """Weights large enough that attention matters: initialisers leave logits near zero."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:

@@ -3,7 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterd.training.batches import IGNORED, collate, epoch_batches, micro_batches, num_labels, summed_loss
+from adapterd.training.batches import (
+    IGNORED,
+    collate,
+    epoch_batches,
+    micro_batches,
+    num_labels,
+    pack,
+    summed_loss,
+)
 from adapterd.training.data import Example
 from tests.tiny import tiny_llama
 
@@ -17,7 +25,7 @@ def example(prompt: int, answer: int, line: int = 1) -> Example:
 def test_labels_stand_on_the_answer_and_nowhere_else() -> None:
     batch = collate([example(3, 2), example(1, 3)], pad_id=0, device=CPU)
     assert batch.input_ids.tolist() == [[10, 11, 12, 100], [10, 100, 101, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.arguments["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.positions.tolist() == [0, 1, 2, 3]
     assert batch.labels.tolist() == [
         [IGNORED, IGNORED, 100, 101],
@@ -69,8 +77,25 @@ def test_rows_of_like_length_go_together() -> None:
     assert padding < 0.1 * sum(e.num_tokens for e in examples)
 
 
-def test_micro_batches_hold_all_rows_within_the_limit() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_hold_all_rows_within_the_limit(packed: bool) -> None:
     examples = [example(4000, 1, line=i) for i in range(9)] + [example(20_000, 1, line=9)]
-    parts = list(micro_batches(examples))
-    assert sorted(e.line for part in parts for e in part) == list(range(10))
-    assert [len(part) for part in parts] == [4, 4, 1, 1]
+    examples.append(example(1, 1, line=10))
+    parts = list(micro_batches(examples, max_tokens=16_384, vocab_size=2048, packed=packed))
+    assert sorted(e.line for part in parts for e in part) == list(range(11))
+    assert [len(part) for part in parts] == ([5, 4, 1, 1] if packed else [4, 4, 2, 1])
+
+
+def test_micro_batches_hold_no_more_labels_than_their_logits_have_room_for() -> None:
+    examples = [example(2, 1000, line=i) for i in range(4)]
+    parts = micro_batches(examples, max_tokens=10**6, vocab_size=128_000, packed=True)
+    assert [len(part) for part in parts] == [2, 2]
+
+
+def test_packed_rows_lie_end_to_end_and_count_their_own_positions() -> None:
+    batch = pack([example(3, 2), example(1, 3)], device=CPU)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 100, 10, 100, 101]]
+    assert batch.arguments["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.positions.tolist() == [2, 3, 4, 5, 6]
+    assert batch.labels.tolist() == [[100, 101, 100, 101, 102]]
+    assert batch.arguments["paged"].lengths == (4, 3)

@@ -1,0 +1,70 @@
+"""The rows of one run: read, split, checked against each other and turned into tokens. No torch, no base's weights."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterd.errors import InvalidRequest
+from adapterd.render import Renderer
+from adapterd.training.data import (
+    Example,
+    dropped_rows,
+    encode_rows,
+    read_rows,
+    refuse_leaks,
+    split_validation,
+)
+from adapterd.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is trained on, and what is held back to stop by. `digest` is that of all of it as tokens."""
+
+    training: list[Example]
+    validation: list[Example]
+    num_rows: int
+    num_validation_rows: int
+    data_sha256: str
+    digest: str
+
+    @property
+    def longest(self) -> int:
+        return max(example.num_tokens for example in (*self.training, *self.validation))
+
+
+def read_dataset(recipe: Recipe, renderer: Renderer, *, max_length: int) -> Dataset:
+    """Raises InvalidRequest listing the lines that cannot be learnt, leaks into held-out rows, and empty sides."""
+    rows = read_rows(recipe.data)
+    if recipe.heldout is not None:
+        refuse_leaks(rows, read_rows(recipe.heldout), path=recipe.heldout)
+    if recipe.validation is not None:
+        validation_path, validation_rows = recipe.validation, read_rows(recipe.validation)
+        refuse_leaks(rows, validation_rows, path=validation_path)
+    else:
+        validation_path = recipe.data
+        rows, validation_rows = split_validation(rows, fraction=recipe.validation_fraction, seed=recipe.seed)
+    training, validation = (
+        encode_rows(some, renderer, max_length=max_length, path=path, on_too_long=recipe.on_too_long)
+        for some, path in ((rows, recipe.data), (validation_rows, validation_path))
+    )
+    for examples, path in ((training, recipe.data), (validation, validation_path)):
+        if not any(example.answer_ids for example in examples):
+            raise InvalidRequest(f"{path}: no token of it would be learnt", param="data")
+    return Dataset(
+        training=training,
+        validation=validation,
+        num_rows=len(rows) - len(dropped_rows(rows, training)),
+        num_validation_rows=len(validation_rows) - len(dropped_rows(validation_rows, validation)),
+        data_sha256=hashlib.sha256(recipe.data.read_bytes()).hexdigest(),
+        digest=_digest(training, validation),
+    )
+
+
+def _digest(*parts: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for examples in parts:
+        tokens = [(example.prompt_ids, example.answer_ids) for example in examples]
+        digest.update(json.dumps(tokens).encode())
+    return digest.hexdigest()

@@ -1,0 +1,42 @@
+"""Whether activations fit beside the base, and what is done if they do not."""
+
+import logging
+from typing import Any
+
+from adapterd.model.runner import free_bytes
+from adapterd.training.network import Network
+from adapterd.training.recipe import Recipe
+
+_logger = logging.getLogger(__name__)
+
+_SHARE_OF_FREE_MEMORY = 0.8
+
+
+def fit_memory(network: Network, recipe: Recipe, longest: int) -> None:
+    """Compute activations again in the backward pass if they would not fit beside the base otherwise."""
+    if recipe.gradient_checkpointing != "auto" or network.checkpointed:
+        return
+    tokens = max(min(network.micro_batch_tokens, recipe.batch_size * longest), longest)
+    needed = activation_bytes(network.model.config.get_text_config(), tokens, network.dtype.itemsize)
+    free = free_bytes(network.device)
+    if needed > free * _SHARE_OF_FREE_MEMORY:
+        network.checkpoint_activations()
+        _logger.info(
+            "activations of %d tokens would take about %.1f GiB of the %.1f GiB free: computed again instead"
+            " (--gradient-checkpointing off keeps them)",
+            tokens,
+            needed / 2**30,
+            free / 2**30,
+        )
+
+
+def activation_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """What a forward of `tokens` keeps for its gradient, about: per layer and token some twelve vectors of the
+    hidden size, six of the feed-forward's, and as much again as q, k and v.
+    """
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    per_token = 12 * hidden + 6 * inner + 6 * heads * head_dim
+    return int(config.num_hidden_layers) * tokens * per_token * itemsize
