@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, read_adapter
+from adapterd.adapter import read_adapter
 from adapterd.config import TrainSettings, load_settings
 from adapterd.errors import InvalidRequest
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.render import Renderer
 from adapterd.training.batches import collate, epoch_batches, num_labels
 from adapterd.training.data import encode_rows, read_rows, split_validation
