@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,44 +15,39 @@ from types import MappingProxyType
 
 import torch
 
+from adapterd.adapter_files import AdapterFiles, check_seal
 from adapterd.core import AdapterDigest, AdapterId, BaseMatch, BaseSpec
+from adapterd.deltas import (
+    Edit,
+    EmbeddingMatrices,
+    ExpertMatrices,
+    LoraMatrices,
+    OutputAffine,
+    field_that_cannot_be_added,
+    tensors_of,
+)
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from adapterd.peft_config import PeftConfig, parse_json_object, parse_peft_config
+from adapterd.peft_config import parse_json_object, parse_peft_config
+from adapterd.peft_deltas import BaseWeights, Deltas, make_deltas
+from adapterd.peft_proof import AdapterProver
+from adapterd.peft_targets import PREFIX, ExpectedTensor, Targets, expected_tensors, find_targets
+from adapterd.proof import Proof
 from adapterd.sidecars import Sidecars, read_sidecars
-from adapterd.sources.source import NO_HASHES, Hashes, lists_files
-from adapterd.tensor_file import TensorEntry, open_regular, read_tensors
+from adapterd.sources.source import NO_HASHES, Hashes
+from adapterd.tensor_file import TensorEntry, read_tensors
 from adapterd.token_table import TokenizerIdentity
 
-PREFIX = "base_model.model."
-_MAX_JSON_BYTES = 1 << 20
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoraMatrices:
-    """What one linear gains: y += scale * (x @ a.T) @ b.T. a: [rank, d_in]; b: [d_out, rank].
-
-    `module` is the linear's path in the base. The scale stays a number: folded into 16-bit b it would be
-    rounded twice.
-    """
-
-    module: str
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """One immutable version of one adapter, on the host.
 
-    `chat_template` and `eos_token_ids` are None where the base's own hold. `generation_defaults` are what a
-    request that says nothing gets: temperature, top_p, top_k, min_p, repetition_penalty.
+    `modules` are LoRA on linears; `edits` is what it changes beside them. `chat_template` and `eos_token_ids` are
+    None where the base's own hold. `generation_defaults` are what a request that says nothing gets: temperature,
+    top_p, top_k, min_p, repetition_penalty. `proof` says how it was compared with PEFT, once it was.
     """
 
     id: AdapterId
@@ -66,6 +60,20 @@ class Adapter:
     eos_token_ids: frozenset[int] | None
     generation_defaults: Mapping[str, float | int]
     base_match: BaseMatch = "shapes"
+    edits: tuple[Edit, ...] = ()
+    has_effect: bool = True
+    proof: Proof | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last parts of the paths of all modules that it changes, in alphabetical order."""
+        return tuple(sorted({delta.module.rpartition(".")[2] for delta in (*self.modules, *self.edits)}))
+
+    @property
+    def field_that_cannot_be_added(self) -> str | None:
+        """The configuration key that keeps this adapter out of weighted sums; None if it may be in one."""
+        fields = [field_that_cannot_be_added(edit) for edit in self.edits]
+        return next((field for field in fields if field is not None), None)
 
 
 def read_adapter(
@@ -77,15 +85,19 @@ def read_adapter(
     base_fingerprint: str | None = None,
     root: Path | None = None,
     hashes: Hashes = NO_HASHES,
+    base_weights: BaseWeights | None = None,
+    prover: AdapterProver | None = None,
 ) -> Adapter:
     """Read the PEFT directory at `directory` for the base `spec`; raises AdapterRefused.
 
     Symbolic links are followed first and must end below `root` (the directory itself, if none is given).
     Each file is read once and hashed, and what was hashed is what is used. `base_fingerprint` is compared
     with the one an adapterd.json holds, if both are there. `hashes` are those that somebody declared; if they
-    are more than the weights', no other file may be there.
+    are more than the weights', no other file may be there. `base_weights` gives the base's tensors to what
+    cannot be understood without them (DoRA, trained biases); such adapters are refused where there are none.
+    `prover` compares each module with PEFT's own layer.
     """
-    files = _Files(directory, root=root, adapter=name, hashes=hashes)
+    files = AdapterFiles(directory, root=root, adapter=name, hashes=hashes)
     files.refuse_pickles()
     config_bytes = files.read(CONFIG_FILE)
     if config_bytes is None:
@@ -94,238 +106,203 @@ def read_adapter(
     weights_path = files.path(WEIGHTS_FILE)
     if weights_path is None:
         raise AdapterRefused(f"adapter {name!r}: {directory} has no {WEIGHTS_FILE}")
+    targets = find_targets(config, spec, adapter=name)
+    expected = expected_tensors(targets, config, spec)
     tensors, weights_digest = read_tensors(
-        weights_path, adapter=name, check=lambda entries: _check_entries(entries, config, spec, name)
+        weights_path,
+        adapter=name,
+        check=lambda entries: _check_entries(entries, expected, targets, spec, name),
     )
     files.check(WEIGHTS_FILE, weights_digest)
     digests = {CONFIG_FILE: hashlib.sha256(config_bytes).hexdigest(), WEIGHTS_FILE: weights_digest}
-    base_match = _check_seal(files.read(SEAL_FILE), digests, base_fingerprint, spec, name)
-    modules = _pair(tensors, config)
-    _check_values(modules, spec, name)
+    base_match = check_seal(files.read(SEAL_FILE), digests, base_fingerprint, spec, name)
+    _check_values(tensors, name)
+    deltas = make_deltas(tensors, targets, config, spec, base_weights, adapter=name)
+    _check_strength(deltas, spec, name)
     sidecars = read_sidecars(files.read, spec=spec, tokenizer=tokenizer, adapter=name)
-    if not any(matrices.b.any() for matrices in modules):
-        _logger.warning("adapter %r has no effect: every B matrix is zero", name)
+    has_effect = _has_effect(deltas)
+    if not has_effect:
+        _logger.warning("adapter %r has no effect: it adds nothing but zeros", name)
+    digest = _digest(deltas, tensors, sidecars)
+    proof = None
+    if prover is not None:
+        fields = parse_json_object(config_bytes, file=CONFIG_FILE, adapter=name)
+        proof = prover.prove(digest, fields, tensors, deltas, has_effect=has_effect, adapter=name)
+    held = [tensor for delta in (*deltas.modules, *deltas.edits) for tensor in tensors_of(delta)]
     return Adapter(
-        id=AdapterId(_digest(modules, sidecars), name),
+        id=AdapterId(digest, name),
         path=directory,
-        modules=modules,
-        max_rank=max(matrices.rank for matrices in modules),
-        num_bytes=sum(matrices.a.nbytes + matrices.b.nbytes for matrices in modules),
+        modules=deltas.modules,
+        max_rank=max((delta.rank for delta in _factors(deltas)), default=0),
+        num_bytes=sum(tensor.nbytes for tensor in held),
         base_model_name=config.base_model_name,
         chat_template=sidecars.chat_template,
         eos_token_ids=sidecars.eos_token_ids,
         generation_defaults=MappingProxyType(dict(sidecars.generation_defaults)),
         base_match=base_match,
+        edits=deltas.edits,
+        has_effect=has_effect,
+        proof=proof,
     )
 
 
-class _Files:
-    """The files of one adapter directory, each opened only after its path is known to lie below the root."""
-
-    def __init__(self, directory: Path, *, root: Path | None, adapter: str, hashes: Hashes) -> None:
-        self._adapter = adapter
-        self._hashes = hashes
-        try:
-            self._directory = directory.resolve(strict=True)
-            self._root = self._directory if root is None else root.resolve(strict=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-            raise AdapterRefused(f"adapter {adapter!r}: {directory} cannot be resolved: {error}") from error
-        self._require_below_root(self._directory)
-        if not self._directory.is_dir():
-            raise AdapterRefused(f"adapter {adapter!r}: {directory} is no directory")
-
-    def path(self, name: str) -> Path | None:
-        """Where `name` really is; None if there is no such file."""
-        file = self._directory / name
-        if not os.path.lexists(file):
-            return None
-        if lists_files(self._hashes) and name not in self._hashes:
-            raise AdapterRefused(
-                f"adapter {self._adapter!r}: {name} is there, and it is not among the files whose sha256 was declared"
-            )
-        try:
-            resolved = file.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            raise AdapterRefused(f"adapter {self._adapter!r}: {name} cannot be resolved: {error}") from error
-        self._require_below_root(resolved)
-        return resolved
-
-    def read(self, name: str) -> bytes | None:
-        """All of a text file, None if it is absent; tokenizer files may be larger than the rest."""
-        path = self.path(name)
-        if path is None:
-            return None
-        limit = 64 * _MAX_JSON_BYTES if name == "tokenizer.json" else _MAX_JSON_BYTES
-        with open_regular(path, adapter=self._adapter) as file:
-            data: bytes = file.read(limit + 1)
-        if len(data) > limit:
-            raise AdapterRefused(f"adapter {self._adapter!r}: {name} has more than the {limit} bytes allowed")
-        self.check(name, hashlib.sha256(data).hexdigest() if name in self._hashes else "")
-        return data
-
-    def check(self, name: str, digest: str) -> None:
-        """Raise AdapterRefused if another digest was declared for the bytes of a file."""
-        if self._hashes.get(name, digest) != digest:
-            raise AdapterRefused(
-                f"adapter {self._adapter!r}: {name} has sha256 {digest}, and {self._hashes[name]} was declared",
-                code="sha256_mismatch",
-            )
-
-    def refuse_pickles(self) -> None:
-        for name, reason in (
-            ("adapter_model.bin", "is a pickle, which can run code when it is read"),
-            ("adapter_model.safetensors.index.json", "splits the weights over several files"),
-        ):
-            if os.path.lexists(self._directory / name):
-                raise AdapterRefused(
-                    f"adapter {self._adapter!r}: {name} {reason}; keep one {WEIGHTS_FILE} alone"
-                    " (PEFT's save_pretrained writes it)"
-                )
-
-    def _require_below_root(self, path: Path) -> None:
-        if not path.is_relative_to(self._root):
-            raise AdapterRefused(
-                f"adapter {self._adapter!r}: {path.name} is a link that leads out of {self._root}"
-            )
+def _factors(deltas: Deltas) -> list[LoraMatrices | EmbeddingMatrices | ExpertMatrices]:
+    return [
+        delta
+        for delta in (*deltas.modules, *deltas.edits)
+        if isinstance(delta, LoraMatrices | EmbeddingMatrices | ExpertMatrices)
+    ]
 
 
-def _check_entries(entries: Sequence[TensorEntry], config: PeftConfig, spec: BaseSpec, adapter: str) -> None:
-    """Every tensor is A or B of a linear of the base, in the shape its rank says, and none is missing."""
-    sides: dict[str, set[str]] = {}
+def _check_entries(
+    entries: Sequence[TensorEntry],
+    expected: Mapping[str, ExpectedTensor],
+    targets: Targets,
+    spec: BaseSpec,
+    adapter: str,
+) -> None:
+    """Every tensor is one that PEFT would read, in the shape that follows from its rank, and none is missing."""
     for entry in entries:
-        module, side = _split(entry.name, spec, adapter)
-        rank = config.rank(module)
-        d_out, d_in = spec.lora_targets[module]
-        expected = (rank, d_in) if side == "A" else (d_out, rank)
-        if entry.shape != expected:
+        wanted = expected.get(entry.name)
+        if wanted is None:
+            raise AdapterRefused(f"adapter {adapter!r}: {_why_unexpected(entry.name, targets, spec)}")
+        if entry.shape != wanted.shape:
+            given = f"with rank {wanted.rank} " if wanted.rank is not None else ""
             raise AdapterRefused(
-                f"adapter {adapter!r}: tensor {entry.name!r} has shape {list(entry.shape)}; with rank {rank}"
-                f" on this base it must be {list(expected)} (check r, rank_pattern, and that the base is right)"
+                f"adapter {adapter!r}: tensor {entry.name!r} has shape {list(entry.shape)}; {given}on this base it must"
+                f" be {list(wanted.shape)} (check r, rank_pattern, and that the base is right)"
             )
-        if not config.targets(module):
-            raise AdapterRefused(
-                f"adapter {adapter!r}: tensor {entry.name!r} adapts a module that {CONFIG_FILE}"
-                " does not target, so PEFT would not apply it"
-            )
-        sides.setdefault(module, set()).add(side)
-    if not sides:
+    found = {entry.name for entry in entries}
+    if not found:
         raise AdapterRefused(f"adapter {adapter!r}: {WEIGHTS_FILE} adapts no module of the base")
-    for module, found in sides.items():
-        if len(found) == 1:
-            missing = "B" if "A" in found else "A"
-            raise AdapterRefused(
-                f"adapter {adapter!r}: {_key(module, missing)!r} is missing from {WEIGHTS_FILE}"
-            )
-    if config.target_modules is None:
-        return
-    for module in spec.lora_targets:
-        # all-linear leaves the output head out, as PEFT does.
-        if (
-            module not in sides
-            and config.targets(module)
-            and not (config.target_modules == "all-linear" and "." not in module)
-        ):
-            raise AdapterRefused(
-                f"adapter {adapter!r}: {CONFIG_FILE} targets {module!r}, but {WEIGHTS_FILE}"
-                " has no tensors for it"
-            )
-
-
-def _split(name: str, spec: BaseSpec, adapter: str) -> tuple[str, str]:
-    """`base_model.model.X.lora_A.weight` -> (X, "A"), X being a linear of the base."""
-    for side in ("A", "B"):
-        ending = f".lora_{side}.weight"
-        if name.startswith(PREFIX) and name.endswith(ending):
-            module = name[len(PREFIX) : -len(ending)]
-            if module in spec.lora_targets:
-                return module, side
-            near = difflib.get_close_matches(module, spec.lora_targets, n=1)
-            hint = f"; the nearest it has is {near[0]!r}" if near else ""
-            raise AdapterRefused(
-                f"adapter {adapter!r}: the base {spec.name!r} has no linear {module!r}{hint}"
-            )
-    if "lora_magnitude_vector" in name:
-        reason = "is DoRA's, which is not supported"
-    elif "lora_embedding_" in name:
-        reason = "adapts an embedding, which is not supported"
-    elif name.endswith(".bias"):
-        reason = "is a bias, which is not supported"
-    elif ".lora_" not in name:
-        reason = (
-            "is a whole module trained or saved beside the adapter (modules_to_save), which is not supported"
-        )
-    else:
-        reason = f"is not named as PEFT names it: {PREFIX}MODULE.lora_A.weight"
-    raise AdapterRefused(f"adapter {adapter!r}: tensor {name!r} {reason}")
-
-
-def _key(module: str, side: str) -> str:
-    return f"{PREFIX}{module}.lora_{side}.weight"
-
-
-def _pair(tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> tuple[LoraMatrices, ...]:
-    ending = ".lora_A.weight"
-    modules = sorted(name[len(PREFIX) : -len(ending)] for name in tensors if name.endswith(ending))
-    return tuple(
-        LoraMatrices(module, tensors[_key(module, "A")], tensors[_key(module, "B")], config.scale(module))
-        for module in modules
-    )
-
-
-def _check_values(modules: Sequence[LoraMatrices], spec: BaseSpec, adapter: str) -> None:
-    """No NaN, no infinity, and no update that the base's compute type cannot hold."""
-    largest = torch.finfo(getattr(torch, spec.dtype)).max
-    for matrices in modules:
-        for side, tensor in (("A", matrices.a), ("B", matrices.b)):
-            if not torch.isfinite(tensor).all():
-                raise AdapterRefused(
-                    f"adapter {adapter!r}: {_key(matrices.module, side)!r} holds NaN or infinity"
-                )
-        peaks = [float(tensor.abs().max()) for tensor in (matrices.a, matrices.b)]
-        if (
-            max(*peaks, abs(matrices.scale), peaks[0] * peaks[1] * matrices.rank * abs(matrices.scale))
-            > largest
-        ):
-            raise AdapterRefused(
-                f"adapter {adapter!r}: the update of {matrices.module!r} reaches values beyond {spec.dtype}"
-            )
-
-
-def _check_seal(
-    data: bytes | None, digests: Mapping[str, str], base_fingerprint: str | None, spec: BaseSpec, adapter: str
-) -> BaseMatch:
-    """Compare with adapterd.json, which training writes: the base it is for and what its files hash to."""
-    if data is None:
-        return "shapes"
-    seal = parse_json_object(data, file=SEAL_FILE, adapter=adapter)
-    files = seal.get("files")
-    if not isinstance(files, dict):
-        raise AdapterRefused(f"adapter {adapter!r}: {SEAL_FILE} has no 'files' with the sha256 of each")
-    for name, digest in digests.items():
-        if files.get(name) != digest:
-            raise AdapterRefused(
-                f"adapter {adapter!r}: {name} has sha256 {digest}, and {SEAL_FILE} says {files.get(name)};"
-                f" the files are damaged or of two versions. If the change was meant, remove {SEAL_FILE}"
-            )
-    recorded = seal.get("base_fingerprint")
-    if recorded is not None and base_fingerprint is not None and recorded != base_fingerprint:
+    for name, tensor in expected.items():
+        other = _other_factor(name)
+        if name in found or not (tensor.is_required or other in found):
+            continue
+        if other is None or other in found:
+            raise AdapterRefused(f"adapter {adapter!r}: {name!r} is missing from {WEIGHTS_FILE}")
+        module = name[len(PREFIX) :].rpartition(".lora_")[0]
         raise AdapterRefused(
-            f"adapter {adapter!r} was trained on base {seal.get('base_name')!r} with fingerprint {recorded},"
-            f" and {spec.name!r} has {base_fingerprint}. Train it again on this base, or serve that one"
+            f"adapter {adapter!r}: {CONFIG_FILE} targets {module!r}, but {WEIGHTS_FILE} has no tensors for it"
         )
-    return "shapes" if recorded is None or base_fingerprint is None else "fingerprint"
 
 
-def _digest(modules: Sequence[LoraMatrices], sidecars: Sidecars) -> AdapterDigest:
-    """sha256 over all that changes an answer, the same wherever and however the files lie."""
+def _other_factor(name: str) -> str | None:
+    """The name of A for B, and of B for A."""
+    for one, other in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        for ending, replacement in ((one, other), (other, one)):
+            if name.endswith(f".{ending}"):
+                return name.removesuffix(ending) + replacement
+    return None
+
+
+def _why_unexpected(name: str, targets: Targets, spec: BaseSpec) -> str:
+    """Why PEFT would not read a tensor of this name for this configuration and base."""
+    for ending, described in (
+        (".lora_A.weight", "linear"),
+        (".lora_B.weight", "linear"),
+        (".lora_B.bias", "linear"),
+        (".lora_embedding_A", "embedding"),
+        (".lora_embedding_B", "embedding"),
+        (".lora_magnitude_vector", "linear"),
+        (".token_adapter.trainable_tokens_delta", "embedding"),
+    ):
+        if not (name.startswith(PREFIX) and name.endswith(ending)):
+            continue
+        module = name[len(PREFIX) : -len(ending)]
+        known = [*spec.lora_targets, *filter(None, (spec.modules.embedding, spec.modules.head))]
+        if module not in known and module.replace(".base_layer", "") not in spec.modules.input_axes:
+            near = difflib.get_close_matches(module, known, n=1)
+            hint = f"; the nearest it has is {near[0]!r}" if near else ""
+            return f"the base {spec.name!r} has no {described} {module!r}{hint} (tensor {name!r})"
+        if ending == ".lora_magnitude_vector":
+            return f"tensor {name!r} is DoRA's, but {CONFIG_FILE} has no use_dora for this module"
+        if ending == ".lora_B.bias":
+            return f"tensor {name!r} is a bias of lora_B, but {CONFIG_FILE} has no lora_bias"
+        return (
+            f"tensor {name!r} adapts a module that {CONFIG_FILE} does not target, so PEFT would not apply it"
+            f" to this {described}"
+        )
+    if name.endswith(".bias"):
+        return (
+            f"tensor {name!r} is a bias, which {CONFIG_FILE} does not train (bias) or the base does not have"
+        )
+    if name.startswith(PREFIX) and ".lora_" not in name:
+        return (
+            f"tensor {name!r} is of a module trained or saved beside the adapter, which {CONFIG_FILE} does not name"
+            " in modules_to_save"
+        )
+    return f"tensor {name!r} is not named as PEFT names it: {PREFIX}MODULE.lora_A.weight"
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterRefused(f"adapter {adapter!r}: {name!r} holds NaN or infinity")
+
+
+def _check_strength(deltas: Deltas, spec: BaseSpec, adapter: str) -> None:
+    """Nothing that the base's compute type cannot hold."""
+    largest = torch.finfo(getattr(torch, spec.dtype)).max
+    for delta in (*deltas.modules, *deltas.edits):
+        peaks = [float(tensor.abs().max()) for tensor in tensors_of(delta)]
+        if isinstance(delta, LoraMatrices | EmbeddingMatrices | ExpertMatrices):
+            peaks += [abs(delta.scale), peaks[0] * peaks[1] * delta.rank * abs(delta.scale)]
+        if not max(peaks) <= largest:
+            raise AdapterRefused(
+                f"adapter {adapter!r}: the update of {delta.module!r} reaches values beyond {spec.dtype}"
+            )
+
+
+def _has_effect(deltas: Deltas) -> bool:
+    """Whether any factor, offset or copied weight is there that is not zero."""
+    if any(delta.scale and delta.a.any() and delta.b.any() for delta in _factors(deltas)):
+        return True
+    for edit in deltas.edits:
+        if isinstance(edit, OutputAffine):
+            changed = edit.factor is not None and bool((edit.factor - 1).abs().max() > 1e-6)
+            if changed or edit.offset is not None:
+                return True
+        elif not isinstance(edit, LoraMatrices | EmbeddingMatrices | ExpertMatrices):
+            return True
+    return False
+
+
+def _digest(deltas: Deltas, tensors: Mapping[str, torch.Tensor], sidecars: Sidecars) -> AdapterDigest:
+    """sha256 over all that changes an answer, the same wherever and however the files lie, on any machine.
+
+    Edits count by the file's own tensors: what is made of them beside the base's weights is rounded by the machine.
+    """
     digest = hashlib.sha256()
-    for matrices in modules:
+    for matrices in deltas.modules:
         for tensor in (matrices.a, matrices.b):
-            described = [matrices.module, matrices.scale, str(tensor.dtype), list(tensor.shape)]
-            digest.update(json.dumps(described).encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(json.dumps([matrices.module, matrices.scale, *_described(tensor)]).encode())
+            digest.update(_bytes(tensor))
+    if deltas.edits:
+        for edit in deltas.edits:
+            digest.update(json.dumps(_shape_of(edit)).encode())
+        counted = {f"{PREFIX}{m.module}.lora_{side}.weight" for m in deltas.modules for side in "AB"}
+        for name in sorted(tensors.keys() - counted - deltas.unchanged):
+            digest.update(json.dumps([name, *_described(tensors[name])]).encode())
+            digest.update(_bytes(tensors[name]))
     eos = None if sidecars.eos_token_ids is None else sorted(sidecars.eos_token_ids)
     digest.update(
         json.dumps([sidecars.chat_template, eos, sorted(sidecars.generation_defaults.items())]).encode()
     )
     return AdapterDigest(digest.hexdigest())
+
+
+def _shape_of(edit: Edit) -> list[object]:
+    """What of an edit is no tensor."""
+    return [
+        type(edit).__name__,
+        *(value for value in vars(edit).values() if isinstance(value, str | float | tuple)),
+    ]
+
+
+def _described(tensor: torch.Tensor) -> list[object]:
+    return [str(tensor.dtype), list(tensor.shape)]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes()

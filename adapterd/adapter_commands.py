@@ -19,8 +19,10 @@ UNLOAD_MARGIN_SECONDS = 60.0
 """An unload answers at its deadline at the latest, plus what an abort takes."""
 
 
-def add_commands(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    """The commands below `adapterd adapters`; `common` has the flags that all of them take."""
+def add_commands(
+    parser: argparse.ArgumentParser, common: argparse.ArgumentParser
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    """The commands below `adapterd adapters`; `common` has the flags that all of them take. Others may be added."""
     commands = parser.add_subparsers(metavar="ACTION", required=True)
 
     def add(action: str, call: Callable[..., Json], show: Callable[[Json], str], summary: str) -> Any:
@@ -88,6 +90,7 @@ def add_commands(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
     rollback.add_argument(
         "version", nargs="?", metavar="VERSION", help="number, digest or alias (default: the last)"
     )
+    return commands
 
 
 def run(

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from adapterd.adapter import PREFIX
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from adapterd.peft_targets import PREFIX
 
 
 def write_adapter(

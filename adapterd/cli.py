@@ -1,6 +1,7 @@
 """The commands: arguments and calls, nothing else. Heavy imports wait until a command needs them."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -18,9 +19,11 @@ from adapterd.config import (
     Bytes,
     CheckSettings,
     EvalSettings,
+    ProveSettings,
     PullSettings,
     S,
     ServeSettings,
+    Settings,
     TrainSettings,
     flag,
     load_settings,
@@ -206,6 +209,19 @@ def adapters(flags: dict[str, Any]) -> int:
     return 0
 
 
+def prove(flags: dict[str, Any]) -> int:
+    settings = _settings(ProveSettings, flags)
+
+    from adapterd.full_proof import prove_adapters
+
+    proofs = prove_adapters(settings, settings.names)
+    for proof in proofs:
+        print(proof)
+    if settings.json_out is not None:
+        settings.json_out.write_text(json.dumps([proof.as_dict() for proof in proofs], indent=2) + "\n")
+    return EXIT_ERROR if any(proof.verdict == "refused" for proof in proofs) else 0
+
+
 def version(flags: dict[str, Any]) -> int:
     print(f"adapterd {adapterd.__version__}")
     return 0
@@ -234,25 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
         (PullSettings, pull, "fetch adapters into a directory that a daemon watches"),
         (CheckSettings, check, "say what is wrong with rows before anybody trains on them"),
     ):
-        command = commands.add_parser(
-            settings.command,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog="Every flag is also a variable (--max-queue: ADAPTERD_MAX_QUEUE) and a key of the --config"
-            " file (max_queue). A flag wins over a variable, a variable over the file.",
-            argument_default=argparse.SUPPRESS,
-        )
-        command.set_defaults(run=run)
-        if settings is TrainSettings:
-            recipe = "settings as a TOML file; its relative paths start where it lies"
-            command.add_argument("config", nargs="?", default=None, type=Path, metavar="RECIPE", help=recipe)
-        else:
-            command.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")
-        for field in sorted(
-            settings.model_fields, key="log_level".__eq__
-        ):  # what all commands share comes last
-            is_positional = field == settings.positional
-            _add_argument(command, field, settings.model_fields[field], is_positional=is_positional)
+        _add_command(commands, settings, run, summary)
     _add_adapters(commands)
     commands.add_parser("version", help="print the version").set_defaults(run=version)
     return parser
@@ -272,7 +270,32 @@ def _add_adapters(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "adapters", parents=[common], help=summary, description=summary[0].upper() + summary[1:] + "."
     )
     parser.set_defaults(run=adapters)
-    add_commands(parser, common)
+    _add_command(
+        add_commands(parser, common), ProveSettings, prove, "compare adapters' whole answers with PEFT's own"
+    )
+
+
+def _add_command(
+    commands: Any, settings: type[Settings], run: Callable[[dict[str, Any]], int], summary: str
+) -> None:
+    command = commands.add_parser(
+        settings.command.split()[-1],
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="Every flag is also a variable (--max-queue: ADAPTERD_MAX_QUEUE) and a key of the --config"
+        " file (max_queue). A flag wins over a variable, a variable over the file.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.set_defaults(run=run)
+    if settings is TrainSettings:
+        recipe = "settings as a TOML file; its relative paths start where it lies"
+        command.add_argument("config", nargs="?", default=None, type=Path, metavar="RECIPE", help=recipe)
+    else:
+        command.add_argument("--config", type=Path, metavar="FILE", help="settings as a TOML file")
+    for field in sorted(settings.model_fields, key="log_level".__eq__):  # what all commands share comes last
+        _add_argument(
+            command, field, settings.model_fields[field], is_positional=field == settings.positional
+        )
 
 
 def _add_argument(

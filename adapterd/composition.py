@@ -44,6 +44,7 @@ def compose(spec: BaseSpec, parts: Sequence[Part], adapters: Sequence[Adapter]) 
     template follow one that does; two different ones are an InvalidRequest. Generation defaults hold only
     where all parts agree.
     """
+    _refuse_what_cannot_be_added(parts, adapters)
     weights: dict[AdapterId, float] = {}
     templates: dict[str, str] = {}
     for part, adapter in zip(parts, adapters, strict=True):
@@ -75,6 +76,18 @@ def compose(spec: BaseSpec, parts: Sequence[Part], adapters: Sequence[Adapter]) 
         adapter_names=tuple(dict.fromkeys(part.name for part in parts)),
         adapters=tuple(adapters),
     )
+
+
+def _refuse_what_cannot_be_added(parts: Sequence[Part], adapters: Sequence[Adapter]) -> None:
+    """Trained biases, copies of modules and magnitudes have no half: PEFT's weighted sums leave them out in silence."""
+    for part, adapter in zip(parts, adapters, strict=True):
+        field = adapter.field_that_cannot_be_added
+        if field is not None and (len(parts) > 1 or part.weight != 1):
+            raise InvalidRequest(
+                f"{part.name!r} was trained with {field}, which cannot be added to another adapter or scaled;"
+                " ask for it alone",
+                param="model",
+            )
 
 
 def _versioned(part: Part) -> str:

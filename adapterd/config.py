@@ -421,6 +421,14 @@ class AdaptersSettings(Settings):
     json_: bool = Field(False, description="print the daemon's answer as JSON")
 
 
+class ProveSettings(EngineSettings):
+    command: ClassVar[str] = "adapters prove"
+    positional: ClassVar[str | None] = "names"
+
+    names: Names = Field((), description="names of the adapters to prove (default: all)")
+    json_out: Path | None = Field(None, description="write the verdicts to this file as JSON")
+
+
 COMMANDS: tuple[type[Settings], ...] = (
     ServeSettings,
     TrainSettings,
@@ -428,6 +436,7 @@ COMMANDS: tuple[type[Settings], ...] = (
     CheckSettings,
     PullSettings,
     AdaptersSettings,
+    ProveSettings,
 )
 
 S = TypeVar("S", bound=Settings)

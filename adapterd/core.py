@@ -210,6 +210,24 @@ class Output:
 
 
 @dataclass(frozen=True)
+class BaseModules:
+    """What of the base, beside its linears, adapters may change. Paths and names are those that PEFT writes.
+
+    `parameters` holds the shape of every parameter and buffer. `input_axes` has the modules that work token by
+    token, with the axis of their input that counts tokens: of these, and of no others, some tokens of a batch may
+    run with other weights. `is_tied`: embedding and head share one weight. `experts` are the mixtures held in
+    three-dimensional parameters, path -> whether each expert's matrix is [d_in, d_out] (else [d_out, d_in]).
+    """
+
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    input_axes: Mapping[str, int] = field(default_factory=dict)
+    embedding: str | None = None
+    head: str | None = None
+    is_tied: bool = False
+    experts: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BaseSpec:
     """What others need to know of the loaded base, without its tensors.
 
@@ -226,6 +244,7 @@ class BaseSpec:
     max_model_len: int
     lora_targets: Mapping[str, tuple[int, int]]
     eos_token_ids: frozenset[int]
+    modules: BaseModules = field(default_factory=BaseModules)
 
 
 @dataclass(frozen=True)
@@ -257,6 +276,7 @@ class EngineStats:
     num_prefix_query_tokens: int
     num_uploads: int
     num_evictions: int
+    num_steps_with_edits: int
     heartbeat_seconds: float
     failed: str | None
     pinned: tuple[AdapterId, ...] = ()

@@ -160,6 +160,7 @@ class Daemon:
             manifest=None if sources is None else sources.manifest,
             resolve=() if sources is None else sources.resolve,
             pins=pins,
+            base_weights=base.weights,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
         return cls(spec, renderer, registry, engine, metrics)

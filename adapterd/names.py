@@ -132,7 +132,7 @@ class NameRecord:
             path=adapter.path,
             num_bytes=adapter.num_bytes,
             rank=adapter.max_rank,
-            targets=tuple(sorted({matrices.module.rpartition(".")[2] for matrices in adapter.modules})),
+            targets=adapter.targets,
             first_loaded_at=now if known is None else known.first_loaded_at,
             source=source,
             base_model=adapter.base_model_name,

@@ -9,10 +9,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE
+from adapterd.peft_fields import Fields
+
+Bias = Literal["none", "all", "lora_only"]
 
 _HONOURED = frozenset(
     {
@@ -28,6 +31,12 @@ _HONOURED = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "bias",
+        "lora_bias",
+        "use_dora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "ensure_weight_tying",
         "init_lora_weights",
         "base_model_name_or_path",
     }
@@ -50,30 +59,22 @@ HARMLESS: Mapping[str, str] = {
 }
 
 _REFUSED: Mapping[str, str] = {
-    "modules_to_save": "fully trained copies of modules are not supported",
-    "use_dora": "DoRA's magnitude vectors are not supported; merge the adapter or train it without use_dora",
-    "trainable_token_indices": "trained token embeddings are not supported",
-    "lora_bias": "a bias on lora_B is not supported",
-    "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not supported",
     "alora_invocation_tokens": "activated LoRA, which changes weights in mid-sequence, is not supported",
     "layer_replication": "it builds another base out of repeated layers",
     "megatron_config": "Megatron's parallel layers are not supported",
     "arrow_config": "Arrow's routing between adapters is not supported",
     "use_qalora": "QALoRA pools the inputs of A, which is not supported",
     "use_bdlora": "block-diagonal factors are not supported",
-    "velora_config": "VeLoRA is not supported",
+    "velora_config": "what VeLoRA keeps for its backward pass is not read; without it and its lora_velora_embed tensors"
+    " the adapter is plain LoRA",
     "kasa_config": "KaSA truncates the base's own weights",
     "monteclora_config": "Monte Carlo LoRA is not supported",
-    "ensure_weight_tying": "tied adapters on embeddings and head are not supported",
     "enable_lora": "the merged projections of PEFT before 0.3 are not supported",
     "merge_weights": "the merged projections of PEFT before 0.3 are not supported",
 }
 
 _EXACT_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
-_MAX_PATTERN_LENGTH = 4096
-_MAX_PATTERN_REPEATS = 6
-_REPEAT = re.compile(r"[*+]|\{\d*,\d*\}|\{\d+\}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class PeftConfig:
     layers_to_transform: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     base_model_name: str | None
+    bias: Bias = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
 
     def rank(self, module: str) -> int:
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
@@ -101,11 +109,11 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT would put an adapter on this linear (its `check_target_module_exists`)."""
+        """Whether PEFT would put an adapter on this module (its `check_target_module_exists`)."""
         if self._excludes(module):
             return False
         if self.target_modules is None:
-            return True
+            return not self.target_parameters
         if isinstance(self.target_modules, str):
             if self.target_modules == "all-linear":
                 return True
@@ -119,7 +127,17 @@ class PeftConfig:
         layer = self._layer_of(module)
         return layer is not None and layer in self.layers_to_transform
 
+    def saves(self, module: str) -> bool:
+        """Whether PEFT would keep a trained copy of this module: by any end of its path, so "norm" is layernorm too."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT would put an adapter on this bare parameter."""
+        return name in self.target_parameters or _ends_with_any(name, self.target_parameters)
+
     def _excludes(self, module: str) -> bool:
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return True
         if not self.exclude_modules:
             return False
         if isinstance(self.exclude_modules, str):
@@ -140,8 +158,8 @@ class PeftConfig:
 def parse_peft_config(data: bytes, *, adapter: str) -> PeftConfig:
     """Read adapter_config.json; AdapterRefused names the key, its value and what would be accepted."""
     fields = parse_json_object(data, file=CONFIG_FILE, adapter=adapter)
-    reader = _Fields(fields, adapter)
-    reader.refuse_what_is_not_applied()
+    reader = Fields(fields, adapter)
+    _refuse_what_is_not_applied(fields, reader)
     rank_pattern = reader.mapping("rank_pattern")
     alpha_pattern = reader.mapping("alpha_pattern")
     config = PeftConfig(
@@ -159,8 +177,16 @@ def parse_peft_config(data: bytes, *, adapter: str) -> PeftConfig:
         layers_to_transform=reader.layers(),
         layers_pattern=reader.patterns("layers_pattern"),
         base_model_name=reader.text("base_model_name_or_path"),
+        bias=_bias(reader),
+        lora_bias=reader.boolean("lora_bias"),
+        use_dora=reader.boolean("use_dora"),
+        modules_to_save=reader.list_of_names("modules_to_save"),
+        trainable_token_indices=reader.token_indices("trainable_token_indices"),
+        target_parameters=reader.list_of_names("target_parameters"),
+        ensure_weight_tying=reader.boolean("ensure_weight_tying"),
     )
-    for key in (*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern):
+    patterns = (*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern, *config.modules_to_save)
+    for key in patterns:
         reader.check_pattern(key)
     for names in (config.target_modules, config.exclude_modules):
         if isinstance(names, str):
@@ -193,132 +219,50 @@ def parse_json_object(data: bytes, *, file: str, adapter: str) -> dict[str, Any]
     return value
 
 
-class _Fields:
-    """Typed access to one config's keys; each error names the key and the value found."""
-
-    def __init__(self, fields: Mapping[str, Any], adapter: str) -> None:
-        self._fields = fields
-        self._adapter = adapter
-
-    def refuse_what_is_not_applied(self) -> None:
-        fields = self._fields
-        for key in fields:
-            if key in _REFUSED and fields[key] not in (None, False, [], {}):
-                raise self._refusal(key, _REFUSED[key])
-            if key not in _HONOURED and key not in HARMLESS and key not in _REFUSED:
-                near = difflib.get_close_matches(key, [*_HONOURED, *_REFUSED], n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise self._refusal(
-                    key,
-                    f"this key is unknown{hint}; it may come from a PEFT newer than 0.21 and change the"
-                    " output. Remove it if it is at its neutral value",
-                )
-        if fields.get("peft_type") != "LORA":
-            raise self._refusal("peft_type", "only LORA adapters are supported")
-        if fields.get("task_type") not in (None, "CAUSAL_LM"):
-            raise self._refusal("task_type", "only CAUSAL_LM is supported")
-        if fields.get("bias", "none") != "none":
-            raise self._refusal("bias", "trained biases of the base are not supported; only 'none' is")
-        self._check_init(fields.get("init_lora_weights", True))
-
-    def _check_init(self, init: object) -> None:
-        if isinstance(init, bool) or init in _EXACT_INITS:
-            return
-        if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-            raise self._refusal(
-                "init_lora_weights",
-                "it changed the base's own weights in training, so these matrices do not fit the plain base;"
-                " save the adapter again with PEFT's"
-                " save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+def _refuse_what_is_not_applied(fields: Mapping[str, Any], reader: Fields) -> None:
+    for key in fields:
+        if key in _REFUSED and fields[key] not in (None, False, [], {}):
+            raise reader.refusal(key, _REFUSED[key])
+        if key not in _HONOURED and key not in HARMLESS and key not in _REFUSED:
+            near = difflib.get_close_matches(key, [*_HONOURED, *_REFUSED], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise reader.refusal(
+                key,
+                f"this key is unknown{hint}; it may come from a PEFT newer than 0.21 and change the"
+                " output. Remove it if it is at its neutral value",
             )
-        if init == "loftq":
-            raise self._refusal(
-                "init_lora_weights", "it belongs to a quantised base of its own, not to this one"
-            )
-        raise self._refusal("init_lora_weights", f"known are true, false, {', '.join(sorted(_EXACT_INITS))}")
+    if fields.get("peft_type") != "LORA":
+        raise reader.refusal("peft_type", "only LORA adapters are supported")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise reader.refusal("task_type", "only CAUSAL_LM is supported")
+    _check_init(fields.get("init_lora_weights", True), reader)
 
-    def rank(self, key: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self._refusal(key, "a rank is a whole number of at least 1", value)
-        return value
 
-    def number(self, key: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._refusal(key, "it must be a number", value)
-        try:
-            number = float(value)
-        except OverflowError as error:
-            raise self._refusal(key, "the number is too large", "...") from error
-        if not math.isfinite(number):
-            raise self._refusal(key, "the number must be finite", value)
-        return number
+def _check_init(init: object, reader: Fields) -> None:
+    if isinstance(init, bool) or init in _EXACT_INITS:
+        return
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+        raise reader.refusal(
+            "init_lora_weights",
+            "it changed the base's own weights in training, so these matrices do not fit the plain base;"
+            " save the adapter again with PEFT's"
+            " save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    if init == "loftq":
+        raise reader.refusal(
+            "init_lora_weights", "it belongs to a quantised base of its own, not to this one"
+        )
+    raise reader.refusal("init_lora_weights", f"known are true, false, {', '.join(sorted(_EXACT_INITS))}")
 
-    def boolean(self, key: str) -> bool:
-        value = self._fields.get(key, False)
-        if not isinstance(value, bool):
-            raise self._refusal(key, "it must be true or false")
-        return value
 
-    def text(self, key: str) -> str | None:
-        value = self._fields.get(key)
-        if value is not None and not isinstance(value, str):
-            raise self._refusal(key, "it must be a string")
-        return value
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self._fields.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self._refusal(key, "it must be an object of patterns and values")
-        return value
-
-    def names(self, key: str) -> str | tuple[str, ...] | None:
-        value = self._fields.get(key)
-        if value is None or isinstance(value, str):
+def _bias(reader: Fields) -> Bias:
+    value = reader.text("bias")
+    match value:
+        case None | "none":
+            return "none"
+        case "all" | "lora_only":
             return value
-        return self._strings(key, value)
-
-    def patterns(self, key: str) -> tuple[str, ...]:
-        value = self._fields.get(key)
-        if not value:
-            return ()
-        return (value,) if isinstance(value, str) else self._strings(key, value)
-
-    def layers(self) -> tuple[int, ...] | None:
-        value = self._fields.get("layers_to_transform")
-        if value is None:
-            return None
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in values):
-            raise self._refusal("layers_to_transform", "it must be a whole number or a list of them")
-        return tuple(values)
-
-    def _strings(self, key: str, value: object) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._refusal(key, "it must be a string or a list of strings")
-        return tuple(value)
-
-    def check_pattern(self, pattern: str) -> None:
-        """Patterns are regular expressions of strangers: one that ran for ever would stop the daemon."""
-        if len(pattern) > _MAX_PATTERN_LENGTH:
-            raise self._problem(f"a pattern has {len(pattern)} characters; {_MAX_PATTERN_LENGTH} are allowed")
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise self._problem(f"the pattern {pattern[:80]!r} is no regular expression: {error}") from error
-        if _could_run_for_ever(pattern):
-            raise self._problem(
-                f"the pattern {pattern[:80]!r} could take exponential time: write it without repeats of"
-                f" groups that repeat or choose, and with at most {_MAX_PATTERN_REPEATS} repeats"
-            )
-
-    def _refusal(self, key: str, reason: str, *value: object) -> AdapterRefused:
-        shown = value[0] if value else self._fields.get(key)
-        return self._problem(f"{key}={_short(shown)}: {reason}")
-
-    def _problem(self, reason: str) -> AdapterRefused:
-        return AdapterRefused(f"adapter {self._adapter!r}: {CONFIG_FILE}: {reason}")
+    raise reader.refusal("bias", "known are 'none', 'all' and 'lora_only'")
 
 
 def _pattern_key(patterns: Mapping[str, object], module: str) -> str:
@@ -331,28 +275,3 @@ def _pattern_key(patterns: Mapping[str, object], module: str) -> str:
 
 def _ends_with_any(module: str, names: Sequence[str]) -> bool:
     return any(module.endswith(f".{name}") for name in names)
-
-
-def _could_run_for_ever(pattern: str) -> bool:
-    """Whether a repeat stands around another or a choice, `(a+)+` or `(a|b)*`, or there are too many."""
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
-    open_groups = [False]  # for each open group: whether it repeats or chooses inside
-    num_repeats = 0
-    for position, character in enumerate(plain):
-        repeated = _REPEAT.match(plain, position + 1) is not None
-        num_repeats += repeated
-        if character == "(":
-            open_groups.append(False)
-            continue
-        branches = character == "|"
-        if character == ")" and len(open_groups) > 1:
-            branches = open_groups.pop()
-            if branches and repeated:
-                return True
-        open_groups[-1] |= branches or repeated
-    return num_repeats > _MAX_PATTERN_REPEATS
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,6 +16,8 @@ from adapterd.core import AdapterEvents, BaseSpec, Unobserved
 from adapterd.errors import AdapterdError, AdapterRefused, ConfigError, InvalidRequest
 from adapterd.model_name import shown
 from adapterd.names import Version
+from adapterd.peft_deltas import BaseWeights
+from adapterd.peft_proof import AdapterProver
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.source import NO_HASHES, Hashes, Source, parse_source
@@ -49,6 +51,7 @@ class AdapterReader:
         *,
         tokenizer: TokenizerIdentity,
         base_fingerprint: str | None = None,
+        base_weights: BaseWeights | None = None,
         check: Callable[[Adapter], None] = lambda adapter: None,
         events: AdapterEvents | None = None,
         allow: AllowList | None = None,
@@ -69,6 +72,8 @@ class AdapterReader:
         self._spec = spec
         self._tokenizer = tokenizer
         self._base_fingerprint = base_fingerprint
+        self._base_weights = base_weights
+        self._prover = AdapterProver(spec)
         self._check = check
         self._events: AdapterEvents = Unobserved() if events is None else events
         self._lock = threading.Lock()
@@ -124,6 +129,8 @@ class AdapterReader:
             base_fingerprint=self._base_fingerprint,
             root=root,
             hashes=hashes,
+            base_weights=self._base_weights,
+            prover=self._prover,
         )
         self._check(adapter)
         seconds = time.monotonic() - began

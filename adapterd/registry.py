@@ -38,6 +38,7 @@ from adapterd.lookup import Lookup, version_of
 from adapterd.manifest_owner import ManifestOwner, ManifestStatus
 from adapterd.model_name import Part, parse_model_name, shown
 from adapterd.names import NameRecord
+from adapterd.peft_deltas import BaseWeights
 from adapterd.reading import AdapterReader
 from adapterd.readings import Readings
 from adapterd.sources.allow import AllowList
@@ -76,9 +77,11 @@ class AdapterRegistry:
         manifest: Path | None = None,
         resolve: Sequence[str] = (),
         pins: DevicePins | None = None,
+        base_weights: BaseWeights | None = None,
     ) -> None:
         """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left;
-        `named` are folders of one adapter each, beside the directories, and what they are called here.
+        `named` are folders of one adapter each, beside the directories, and what they are called here;
+        `base_weights` is for adapters that are read beside the base's tensors (see `adapter.read_adapter`).
 
         Without a `database` nothing is kept over a restart, without `host_bytes` all that is read stays in
         memory, without a `cache` nothing is downloaded, without `pins` a pin is one of host memory alone. Raises
@@ -90,6 +93,7 @@ class AdapterRegistry:
             [*directories, *named.values()],
             tokenizer=tokenizer,
             base_fingerprint=base_fingerprint,
+            base_weights=base_weights,
             check=check,
             events=events,
             allow=allow,

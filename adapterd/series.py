@@ -153,6 +153,8 @@ SERIES: tuple[Series, ...] = (
     _gauge("adapterd_kv_blocks_held", "KV blocks of running sequences.", lambda s: s.engine.kv_blocks_held),
     _gauge("adapterd_kv_blocks_cached", "Free KV blocks with a prefix to reuse.", lambda s: s.engine.kv_blocks_cached),
     _counter("adapterd_steps_total", "Steps of the engine.", lambda s: s.engine.num_steps),
+    _counter("adapterd_steps_with_edits_total", "Steps on the general path: adapters that change more than linears.",
+             lambda s: s.engine.num_steps_with_edits),
     _counter("adapterd_computed_tokens_total", "Tokens computed.", lambda s: s.engine.num_tokens_computed),
     _counter("adapterd_preemptions_total", "Sequences set back for memory.", lambda s: s.engine.num_preemptions),
     _counter("adapterd_prefix_query_tokens_total", "Prefix cache: tokens sought.",

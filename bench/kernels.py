@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from adapterd.adapter import Adapter, LoraMatrices
+from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
+from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import paged_attention_reference, plan_attention
 from adapterd.model.kernels import Kernels, choose_kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape

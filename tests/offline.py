@@ -10,6 +10,7 @@ from adapterd.engine.build import Finished, build_engine, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
 from adapterd.model.kernels import KernelName
+from adapterd.peft_proof import AdapterProver
 from adapterd.token_table import TokenizerIdentity, TokenTable
 
 NO_TOKENIZER = TokenizerIdentity(frozenset(), {})
@@ -31,8 +32,6 @@ class OfflineSettings:
     max_loras: int | None = None
     max_lora_rank: int | None = None
     host_memory: int | None = None
-    max_loras: int | None = None
-    max_lora_rank: int | None = None
     max_cpu_loras: int | None = None
     kernels: KernelName = "auto"
     quantization: QuantizationName = "none"
@@ -55,6 +54,7 @@ class Offline:
             kernels=self.settings.kernels,
             quantization=self.settings.quantization,
         )
+        self._prover = AdapterProver(self.base.spec)
         self._versions: dict[AdapterId, Adapter] = {}
         token_bytes = tuple(f"<{i}>".encode() for i in range(self.base.spec.vocab_size))
         vocabulary = Vocabulary(TokenTable(token_bytes, strips_leading_space=False), frozenset())
@@ -63,7 +63,14 @@ class Offline:
         )
 
     def load(self, name: str, directory: Path) -> AdapterId:
-        adapter = read_adapter(directory, name=name, spec=self.base.spec, tokenizer=NO_TOKENIZER)
+        adapter = read_adapter(
+            directory,
+            name=name,
+            spec=self.base.spec,
+            tokenizer=NO_TOKENIZER,
+            base_weights=self.base.weights,
+            prover=self._prover,
+        )
         self.adapters[name] = self._versions[adapter.id] = adapter
         return adapter.id
 

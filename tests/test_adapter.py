@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import BaseSpec
 from adapterd.errors import AdapterRefused
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.render import Renderer
 from adapterd.token_table import TokenizerIdentity
 from tests.tiny import byte_level_tokenizer, spec_of, tiny_llama

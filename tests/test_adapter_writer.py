@@ -6,11 +6,11 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, read_adapter
+from adapterd.adapter import read_adapter
 from adapterd.adapter_writer import base_fingerprint, write_adapter
 from adapterd.core import BaseSpec
 from adapterd.errors import AdapterRefused
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.token_table import TokenizerIdentity
 from tests.tiny import spec_of, tiny_llama
 

@@ -19,7 +19,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("settings", COMMANDS)
 def test_help_lists_every_setting(settings: type[Settings], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main([settings.command, "--help"])
+        main([*settings.command.split(), "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert all(flag(field) in text for field in settings.model_fields.keys() - {settings.positional})

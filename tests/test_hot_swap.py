@@ -117,12 +117,12 @@ def test_a_folder_that_cannot_be_applied_is_refused_by_name_and_disturbs_nobody(
     broken = directory / "broken"
     copy(SHIPPED / "support", directory / ".broken")
     config = json.loads((directory / ".broken" / "adapter_config.json").read_text())
-    (directory / ".broken" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (directory / ".broken" / "adapter_config.json").write_text(json.dumps({**config, "use_qalora": True}))
     (directory / ".broken" / "adapterd.json").unlink()
     (directory / ".broken").rename(broken)
     until(lambda: ask(client, "mini:broken").status_code == 400)
     error = ask(client, "mini:broken").json()["error"]
     assert error["code"] == "adapter_refused"
-    assert "use_dora" in error["message"]
+    assert "use_qalora" in error["message"]
     assert text(ask(client, "mini:moderation"))
     assert client.get("/readyz").status_code == 200

@@ -16,11 +16,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "errors", "file_names", "__init__"),
     ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
     (
-        *("config", "lora_modules", "peft_config", "sidecars", "tensor_file", "token_table", "model_name"),
+        *("config", "lora_modules", "peft_fields", "deltas", "proof", "model_name"),
         "messages",
     ),
+    ("peft_config", "sidecars", "tensor_file", "token_table"),
     ("sources.source", "sources.allow", "sources.partial"),
     ("manifest", "sources"),
+    ("adapter_files", "peft_targets", "peft_deltas", "peft_proof"),
     ("adapter", "adapter_writer", "render"),
     ("composition", "versions", "watch"),
     ("names",),
@@ -36,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("engine",),
     ("daemon",),
-    ("server", "training", "evaluation", "adapter_commands", "daemon_client"),
+    ("server", "training", "evaluation", "adapter_commands", "daemon_client", "full_proof"),
     ("cli",),
     ("__main__",),
 )

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterd.adapter import Adapter, LoraMatrices
+from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
+from adapterd.deltas import LoraMatrices
 from adapterd.errors import InvalidRequest
 from adapterd.model_name import check_alias
 from adapterd.names import MAX_ALIASES, MAX_VERSIONS, NameRecord

@@ -29,7 +29,7 @@ from adapterd.errors import (
     ModelNotFound,
     Unavailable,
 )
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE
 from adapterd.registry import AdapterRegistry
 from adapterd.token_table import TokenizerIdentity
 
@@ -198,11 +198,11 @@ def test_bad_new_version_leaves_the_old_one_serving(
     registry = make()
     config = json.loads((root / "a" / CONFIG_FILE).read_text())
     (root / "a" / "adapterd.json").unlink()
-    (root / "a" / CONFIG_FILE).write_text(json.dumps({**config, "use_dora": True}))
+    (root / "a" / CONFIG_FILE).write_text(json.dumps({**config, "use_qalora": True}))
     until(lambda: registry.list()[0].error is not None)
     (entry,) = registry.list()
     assert entry.state == "READY"
-    assert "use_dora" in (entry.error or "")
+    assert "use_qalora" in (entry.error or "")
     assert value_of(registry, "a") == 1.0
     assert dropped == []
     (root / "a" / CONFIG_FILE).write_text(json.dumps(config))

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterd.adapter import Adapter, LoraMatrices
+from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
+from adapterd.deltas import LoraMatrices
 from adapterd.errors import Unavailable
 from adapterd.versions import HostVersions
 

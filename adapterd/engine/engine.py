@@ -53,7 +53,12 @@ class BatchRunner(Protocol):
     """The seam to the device; `model.runner.Runner` is the real one.
 
     `run` begins the batch's uploads and does not wait for them; each is told once to what `on_uploaded` was given.
+
+    `num_steps_with_edits` counts steps whose adapters change more than linears: no graph and no fast layer holds them.
     """
+
+    @property
+    def num_steps_with_edits(self) -> int: ...
 
     def run(self, batch: Batch) -> list[SampledToken]: ...
 
@@ -445,6 +450,7 @@ class Engine:
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_uploads=self._slots.num_uploads,
             num_evictions=self._slots.num_evictions,
+            num_steps_with_edits=self._runner.num_steps_with_edits,
             heartbeat_seconds=self._clock(),
             failed=self._failed,
             pinned=self._slots.pinned,

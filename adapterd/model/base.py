@@ -13,14 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from adapterd.core import BaseSpec
-from adapterd.errors import BaseRefused
+from adapterd.core import BaseModules, BaseSpec
+from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.model.attention import ATTENTION_NAME, ContextFactory, register_attention
 from adapterd.model.find import find_base
 from adapterd.model.int8 import quantize_linears
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
-from adapterd.model.lora import LoraStep
+from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.probe import probe_family
 from adapterd.model.seams import attach_seams
 from adapterd.model.threads import use_all_cores
@@ -47,6 +47,19 @@ class Base:
     kv_shapes: Mapping[int, KVShape]
     lora_step: LoraStep
     paged_context: ContextFactory
+
+    def weights(self, name: str) -> torch.Tensor:
+        """A tensor by its name in `spec.modules.parameters`; the base's own, not to be changed."""
+        path, _, tensor = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        found = getattr(module.inner if isinstance(module, LoraLinear) else module, tensor)
+        assert isinstance(found, torch.Tensor)
+        if not found.is_floating_point():
+            raise AdapterRefused(
+                f"{name!r} of this base is held in {found.dtype}, so what an adapter says about it cannot be read;"
+                " serve the base with --quantization int8 or none"
+            )
+        return found
 
 
 def load_base(
@@ -76,7 +89,7 @@ def load_base(
         use_all_cores()
     # The probe is small and in float32, whatever the model will be.
     probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
-    probe_family(config, max_position=context - 1, kernels=probe_kernels)
+    probed = probe_family(config, max_position=context - 1, kernels=probe_kernels)
     model = load_weights(directory, name_or_dir, dtype, where, quantization)
     model.requires_grad_(False).eval()
     num_parameters = model.num_parameters()
@@ -95,6 +108,7 @@ def load_base(
         max_model_len=context,
         lora_targets=seams.targets,
         eos_token_ids=_eos_token_ids(model),
+        modules=seams.modules if probed.takes_edits else _without_edits(seams.modules, config.model_type),
     )
     logger.info(
         "base %s: %s, %s%s on %s, %.1f M parameters, context %d",
@@ -109,6 +123,15 @@ def load_base(
     return Base(
         model, spec, directory, where, model.dtype, seams.kv_shapes, seams.lora_step, chosen.paged_context
     )
+
+
+def _without_edits(modules: BaseModules, family: str) -> BaseModules:
+    logger.warning(
+        "the %s family gives other logits when its embedding, head or norms are edited for some tokens of a batch:"
+        " adapters that change them are refused",
+        family,
+    )
+    return BaseModules(parameters=modules.parameters, is_tied=modules.is_tied)
 
 
 def _default_name(name_or_dir: str) -> str:

@@ -88,6 +88,7 @@ class NativeLayer:
 
     def __init__(
         self,
+        path: str,
         own: Callable[..., torch.Tensor],
         linears: Sequence[AnyCpuLinear],
         norms: Sequence[NativeRMSNorm],
@@ -106,12 +107,20 @@ class NativeLayer:
         self._sinks = None if attention.sinks is None else attention.sinks.float().contiguous()
         self._step = step
         self._place = place
+        self._prefix = f"{path}."
+        self._edited: frozenset[str] = frozenset()
+        self._is_edited = False
         self._compute: Callable[..., torch.Tensor] = torch.ops.adapterd.decoder_layer.default
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         num_tokens = hidden_states.shape[-2]
         paged = kwargs.get("paged")
         if not isinstance(paged, NativeContext) or self._choice.way(num_tokens) is not native_linear:
+            return self._own(hidden_states, *args, **kwargs)
+        if self._step.edited is not self._edited:
+            self._edited = self._step.edited
+            self._is_edited = any(module.startswith(self._prefix) for module in self._edited)
+        if self._is_edited:  # by hooks on modules, which one call does not pass by
             return self._own(hidden_states, *args, **kwargs)
         return self.compute(hidden_states, kwargs["position_embeddings"], paged)
 
@@ -237,7 +246,7 @@ def _replacement(
     if not isinstance(seen.output, torch.Tensor) or seen.position_embeddings is None:
         return None
     linears, norms = parts
-    native = NativeLayer(layer.forward, linears, norms, seen.attention, step, place)
+    native = NativeLayer(path, layer.forward, linears, norms, seen.attention, step, place)
     try:
         found = native.compute(seen.inputs, seen.position_embeddings, context)
     except RuntimeError as error:

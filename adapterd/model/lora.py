@@ -7,13 +7,16 @@ is usable by any adapter and the buffer never fragments. Which adapter is reside
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId, AdapterMix
+from adapterd.model.edits import DeviceEdit, Edits, num_edit_pages, scaled, upload_edits
+from adapterd.model.pages import PageWriter, consecutive_runs
 
 _ALIGN_ELEMENTS = 64
 _TYPICAL_RANKS = (8, 16, 32)
@@ -37,10 +40,13 @@ class PageGeometry:
     rows_per_page: Mapping[str, int]
 
     @classmethod
-    def choose(cls, targets: Mapping[str, tuple[int, int]]) -> "PageGeometry":
-        """The page size, of a few multiples of the longest row, that wastes least at usual ranks."""
+    def choose(cls, targets: Mapping[str, tuple[int, int]], longest_row: int = 0) -> "PageGeometry":
+        """The page size, of a few multiples of the longest row, that wastes least at usual ranks.
+
+        longest_row: elements of the longest row that must lie in one page besides.
+        """
         rows = {module: d_in + d_out for module, (d_out, d_in) in targets.items()}
-        longest = max(rows.values(), default=_ALIGN_ELEMENTS)
+        longest = max([_ALIGN_ELEMENTS, longest_row, *rows.values()])
         longest = -(-longest // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
 
         def cost(page: int) -> int:
@@ -84,18 +90,25 @@ class LoraBank:
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        longest_row: int = 0,
     ) -> None:
-        self.geometry = PageGeometry.choose(targets)
+        self.geometry = PageGeometry.choose(targets, longest_row)
         self.page_bytes = self.geometry.page_elements * dtype.itemsize
         self.num_pages = max(budget_bytes // self.page_bytes, 0)
         self._buffer = torch.empty(self.num_pages * self.geometry.page_elements, dtype=dtype, device=device)
         self._free = list(range(self.num_pages))
         self._pages: dict[AdapterDigest, list[int]] = {}
         self._products: dict[AdapterDigest, Products] = {}
+        self._edits: dict[AdapterDigest, Edits] = {}
         self._mixes: dict[AdapterMix, Products] = {}
+        self._mixed_edits: dict[AdapterMix, Edits] = {}
 
     def pages_of(self, adapter: Adapter) -> int:
-        return self.geometry.num_pages((m.module, m.a.shape[0]) for m in adapter.modules)
+        matrices = self.geometry.num_pages((m.module, m.a.shape[0]) for m in adapter.modules)
+        return matrices + num_edit_pages(
+            adapter.edits, self.geometry.page_elements, self._buffer.dtype.itemsize
+        )
 
     def upload(self, adapter: Adapter) -> None:
         """Both at once, for whoever has nothing else to do."""
@@ -116,18 +129,38 @@ class LoraBank:
         taken = 0
         for matrices in adapter.modules:
             count = self.geometry.num_pages([(matrices.module, matrices.a.shape[0])])
-            runs = _consecutive_runs(pages[taken : taken + count])
+            runs = consecutive_runs(pages[taken : taken + count])
             taken += count
             products[matrices.module] = self._fill(matrices.a, matrices.b, matrices.scale, runs, copy)
+        if adapter.edits:
+            writer = PageWriter(self._buffer, self.geometry.page_elements, pages[taken:], copy)
+            self._edits[adapter.id.digest] = upload_edits(adapter.edits, writer)
         self._products[adapter.id.digest] = products
 
     def evict(self, adapter_id: AdapterId) -> None:
         """Give an adapter's pages back, filled or not. Its views must not be used after."""
         self._products.pop(adapter_id.digest, None)
         self._free = sorted(self._free + self._pages.pop(adapter_id.digest))
+        self._edits.pop(adapter_id.digest, None)
         # Only its own mixes: to put those of everyone else together again would cost the next step.
-        for mix in [mix for mix in self._mixes if any(other == adapter_id for other, _ in mix)]:
-            del self._mixes[mix]
+        for known in (self._mixes, self._mixed_edits):
+            for mix in [mix for mix in known if any(other == adapter_id for other, _ in mix)]:
+                del known[mix]
+
+    def edits(self, mix: AdapterMix) -> Edits:
+        """What a mix changes beside linears' LoRA; nearly always nothing."""
+        if not self._edits or not any(adapter_id.digest in self._edits for adapter_id, _ in mix):
+            return {}
+        found = self._mixed_edits.get(mix)
+        if found is None:
+            merged: dict[str, tuple[DeviceEdit, ...]] = {}
+            for adapter_id, factor in mix:
+                for module, edits in scaled(self._edits.get(adapter_id.digest, {}), factor):
+                    merged[module] = (*merged.get(module, ()), *edits)
+            if len(self._mixed_edits) >= _MAX_MIXES:
+                self._mixed_edits.clear()
+            found = self._mixed_edits[mix] = merged
+        return found
 
     def products(self, mix: AdapterMix) -> Products:
         """What a mix adds, module by module; each factor multiplies its adapter's own scale."""
@@ -174,21 +207,12 @@ class LoraBank:
         assert sorted(held + self._free) == list(range(self.num_pages))
 
 
-def adapter_bytes_of_rank(targets: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype) -> int:
+def adapter_bytes_of_rank(
+    targets: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, *, longest_row: int = 0
+) -> int:
     """What an adapter of this rank on every target takes in a bank."""
-    geometry = PageGeometry.choose(targets)
+    geometry = PageGeometry.choose(targets, longest_row)
     return geometry.num_pages((module, rank) for module in targets) * geometry.page_elements * dtype.itemsize
-
-
-def _consecutive_runs(pages: list[int]) -> list[tuple[int, int]]:
-    """[3, 4, 5, 9] -> [(3, 3), (9, 1)]: first page and length of each run."""
-    runs: list[tuple[int, int]] = []
-    for page in pages:
-        if runs and runs[-1][0] + runs[-1][1] == page:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((page, 1))
-    return runs
 
 
 @dataclass(frozen=True)
@@ -198,17 +222,20 @@ class Segment:
     start: int
     end: int
     products: Products
+    edits: Edits = field(default_factory=dict)
 
 
 class LoraStep:
     """What the wrapped linears of one model share: the segments of the step that is running, and their products.
 
     This is the reference, one call for each adapter and linear; lora_cpu.py does the same in one for each linear.
+    `edited` are the modules that hooks rewrite in this step (`editor.py`): none of them may be computed unasked.
     """
 
     def __init__(self) -> None:
         self.segments: tuple[Segment, ...] = ()
         self.num_tokens = 0
+        self.edited: frozenset[str] = frozenset()
 
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         """The step about to run: all its tokens, and those of them that run a mix, in order."""
@@ -251,11 +278,16 @@ class LoraLinear(nn.Module):
 def wrap_linears(
     model: nn.Module, step: LoraStep, is_target: Callable[[str], bool]
 ) -> dict[str, tuple[int, int]]:
-    """Wrap in place every nn.Linear whose path is a target; returns path -> (d_out, d_in)."""
+    """Wrap in place every nn.Linear, and GPT-2's Conv1D, whose path is a target; returns path -> (d_out, d_in)."""
     targets: dict[str, tuple[int, int]] = {}
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and is_target(path)]
+    found = [(path, m) for path, m in model.named_modules() if is_target(path)]
     for path, linear in found:
+        if isinstance(linear, nn.Linear):
+            targets[path] = (linear.out_features, linear.in_features)
+        elif isinstance(linear, Conv1D):
+            targets[path] = (linear.nf, linear.nx)
+        else:
+            continue
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, LoraLinear(linear, path, step))
-        targets[path] = (linear.out_features, linear.in_features)
     return targets

@@ -5,16 +5,17 @@ It decides nothing: which sequences, blocks and adapters are in the batch was se
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterEvents, AdapterId, Batch, SampledToken, Sequence
+from adapterd.core import AdapterEvents, AdapterId, BaseSpec, Batch, SampledToken, Sequence
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
+from adapterd.model.editor import Editor
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
 from adapterd.model.lora import LoraBank, Segment, adapter_bytes_of_rank
 from adapterd.model.sampler import SamplerRow, logprobs_of, sample
@@ -56,9 +57,22 @@ class Runner:
         self._base = base
         self._weights = weights
         self.kv = KVPool(base.kv_shapes, num_kv_blocks, base.dtype, base.device)
-        self.bank = LoraBank(base.spec.lora_targets, adapter_bytes, base.dtype, base.device)
+        self.bank = LoraBank(
+            base.spec.lora_targets,
+            adapter_bytes,
+            base.dtype,
+            base.device,
+            longest_row=_longest_row(base.spec),
+        )
         self._uploads = AdapterUploads(self.bank, base.device, events)
+        self._editor = Editor(base.model, base.lora_step, base.spec.modules)
+        self._num_steps_with_edits = 0
         self._graphs = _graphs(base, self.kv, max_num_seqs, has_adapters=self.bank.num_pages > 0)
+
+    @property
+    def num_steps_with_edits(self) -> int:
+        """Steps that ran without graphs and fast layers, for adapters that change more than linears."""
+        return self._num_steps_with_edits
 
     def adapter_pages(self, adapter_id: AdapterId) -> int:
         """Pages of adapter memory that a leased version takes."""
@@ -91,11 +105,15 @@ class Runner:
             positions.extend(range(item.start, item.end))
         keep = [row for rows in wanted for row in _rows(rows)]
         segments = self._segments(batch)
-        if self._graphs is not None and self._graphs.takes(batch.scheduled):
+        has_edits = any(segment.edits for segment in segments)
+        if has_edits or self._editor.is_active:
+            self._editor.begin(segments, len(ids), keep or [0])
+        self._num_steps_with_edits += has_edits
+        if self._graphs is not None and not has_edits and self._graphs.takes(batch.scheduled):
             all_rows = self._graphs.run(batch.scheduled, segments)
             if all_rows is not None:
                 return all_rows if len(keep) == len(ids) else all_rows[keep]
-        self._base.lora_step.begin(segments, len(ids))
+        self._base.lora_step.begin(tuple(s for s in segments if s.products), len(ids))
         context = self._base.paged_context(
             self.kv,
             [_slots(item.sequence, item.end) for item in batch.scheduled],
@@ -120,9 +138,9 @@ class Runner:
         for item in batch.scheduled:
             mix, end = item.sequence.mix, row + item.num_tokens
             if mix and mix == previous:
-                segments[-1] = Segment(segments[-1].start, end, segments[-1].products)
+                segments[-1] = replace(segments[-1], end=end)
             elif mix:
-                segments.append(Segment(row, end, self.bank.products(mix)))
+                segments.append(Segment(row, end, self.bank.products(mix), self.bank.edits(mix)))
             previous, row = mix, end
         return tuple(segments)
 
@@ -157,6 +175,16 @@ class Runner:
                 token = SampledToken(token.token_id, token.logprobs, found, token.error)
             results.append(token)
         return results
+
+
+def _longest_row(spec: BaseSpec) -> int:
+    """Of all that adapters may bring: matrices lie in memory by rows, those of a mixture's experts too."""
+    stacked = [
+        shape
+        for name, shape in spec.modules.parameters.items()
+        if name.rpartition(".")[0] in spec.modules.experts
+    ]
+    return max((size for shape in stacked for size in shape[1:]), default=0)
 
 
 def _graphs(base: Base, kv: KVPool, max_num_seqs: int, has_adapters: bool) -> "GraphedForward | None":
@@ -234,6 +262,9 @@ def size_adapter_memory(
         return adapter_bytes
     if max_loras is not None:
         rank = DEFAULT_LORA_RANK if max_rank is None else max_rank
-        return max_loras * adapter_bytes_of_rank(base.spec.lora_targets, rank, base.dtype)
+        longest_row = _longest_row(base.spec)
+        return max_loras * adapter_bytes_of_rank(
+            base.spec.lora_targets, rank, base.dtype, longest_row=longest_row
+        )
     share = free_bytes(base.device) // 10
     return share if base.device.type == "cuda" else min(share, 2**30)

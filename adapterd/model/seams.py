@@ -1,11 +1,12 @@
 """Attach to a transformers model what serving needs: faster modules that compute the same, and places for adapters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from adapterd.core import BaseModules
 from adapterd.model.attention import ShapeRecorder
 from adapterd.model.grouped_cpu import group_linears
 from adapterd.model.int8 import Int8Linear
@@ -16,15 +17,19 @@ from adapterd.model.linear_cpu import use_fastest_linears
 from adapterd.model.lora import LoraStep, wrap_linears
 from adapterd.model.lora_cpu import NativeLoraStep
 from adapterd.model.mlp_cpu import use_native_mlps
+from adapterd.model.modules import find_modules
 from adapterd.model.norm_cpu import use_native_norms
 
 
 @dataclass(frozen=True)
 class Seams:
-    """targets: path -> (d_out, d_in) of every linear that adapters may change; kv_shapes: by layer."""
+    """targets: path -> (d_out, d_in) of every linear that adapters may change; modules: what else they may change;
+    kv_shapes: by layer.
+    """
 
     lora_step: LoraStep
     targets: Mapping[str, tuple[int, int]]
+    modules: BaseModules
     kv_shapes: Mapping[int, KVShape]
 
 
@@ -34,6 +39,8 @@ def attach_seams(model: Any, kernels: Kernels) -> Seams:
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.product = kernels.int8_product
+    recorder = ShapeRecorder()
+    modules = find_modules(model, lambda num_tokens: _tokens(model, device, ShapeRecorder(), num_tokens))
     if device.type == "cpu":
         use_fastest_linears(model, kernels.is_native)
     if kernels.is_native:
@@ -42,20 +49,16 @@ def attach_seams(model: Any, kernels: Kernels) -> Seams:
     step = kernels.lora_step()
     head = model.get_output_embeddings()
     targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
-    recorder = ShapeRecorder()
-    run = _one_token(model, device, recorder)
     if isinstance(step, NativeLoraStep):
-        group_linears(model, step, run)
+        group_linears(model, step, lambda: _tokens(model, device, recorder, 1))
         use_native_layers(model, step, recorder.shapes)
     else:
-        run()
-    return Seams(step, targets, recorder.shapes)
+        _tokens(model, device, recorder, 1)
+    return Seams(step, targets, modules, recorder.shapes)
 
 
-def _one_token(model: Any, device: torch.device, recorder: ShapeRecorder) -> Callable[[], None]:
-    @torch.inference_mode()
-    def run() -> None:
-        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
-        model(input_ids=zero, position_ids=zero, use_cache=False, paged=recorder)
-
-    return run
+@torch.inference_mode()
+def _tokens(model: Any, device: torch.device, recorder: ShapeRecorder, num_tokens: int) -> None:
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+    positions = torch.arange(num_tokens, device=device)[None]
+    model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)

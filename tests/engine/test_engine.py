@@ -69,6 +69,7 @@ class FakeRunner:
     weights: CountedWeights = field(default_factory=CountedWeights)
     gate: threading.Event | None = None
     entered: threading.Event = field(default_factory=threading.Event)
+    num_steps_with_edits: int = 0
     uploads_by_hand: bool = False
     tell: Uploaded = lambda adapter_id, error: None
 

@@ -14,7 +14,7 @@ from adapterd.daemon import Daemon
 from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
 from adapterd.evaluation.report import CARD_BEGIN, CARD_END, write_card
 from adapterd.evaluation.run import evaluate
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE
 from adapterd.training.data import read_rows
 from tests.evaluation.folders import make_folders, row, write_rows
 

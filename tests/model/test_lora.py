@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapterd.adapter import Adapter, LoraMatrices
+from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
+from adapterd.deltas import LoraMatrices
 from adapterd.model.lora import LoraBank, LoraLinear, LoraStep, PageGeometry, Segment, wrap_linears
 
 CPU = torch.device("cpu")

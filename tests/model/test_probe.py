@@ -167,7 +167,7 @@ def register(model: type[HonestModel], model_type: str) -> HonestConfig:
 
 def test_honest_family_passes_by_far() -> None:
     register_attention()
-    assert probe_family(register(HonestModel, "honest"), max_position=255) < 1e-5
+    assert probe_family(register(HonestModel, "honest"), max_position=255).difference < 1e-5
 
 
 @pytest.mark.parametrize("cheat", sorted(CHEATS))
@@ -185,6 +185,6 @@ def test_probe_leaves_config_and_random_state_alone(family: str) -> None:
     register_attention()
     config = FAMILIES[family]()
     before, state = config.to_dict(), torch.random.get_rng_state()
-    assert probe_family(config, max_position=255) < 1e-4
+    assert probe_family(config, max_position=255).difference < 1e-4
     assert config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), state)

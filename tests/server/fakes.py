@@ -56,6 +56,7 @@ STATS = EngineStats(
     num_prefix_query_tokens=7,
     num_uploads=1,
     num_evictions=0,
+    num_steps_with_edits=0,
     heartbeat_seconds=0.0,
     failed=None,
 )

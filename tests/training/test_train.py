@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE, read_adapter
+from adapterd.adapter import read_adapter
 from adapterd.config import EngineSettings, TrainSettings, load_settings
 from adapterd.daemon import Daemon
 from adapterd.errors import AdapterdError, AdapterRefused, InvalidRequest
 from adapterd.evaluation.report import CARD_BEGIN, CARD_END
-from adapterd.peft_config import CONFIG_FILE
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.render import Renderer
 from adapterd.training.batches import collate, epoch_batches, num_labels
 from adapterd.training.card import CARD_FILE
