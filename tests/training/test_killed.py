@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from adapterd.adapter import SEAL_FILE, WEIGHTS_FILE
 from adapterd.cli import EXIT_STOPPED
+from adapterd.file_names import SEAL_FILE, WEIGHTS_FILE
 from adapterd.training.history import METRICS_FILE
 from tests.tiny import tiny_llama
 from tests.training.test_train import write_rows
