@@ -52,7 +52,7 @@ def test_an_adapters_life_from_a_terminal(url: str, capsys: pytest.CaptureFixtur
     assert "version 1" in run(capsys, url, "rollback", "a")
     assert "pinned" not in run(capsys, url, "unpin", "a")
     assert "pinned" in run(capsys, url, "pin", "a")
-    assert "host memory" in run(capsys, url, "prefetch", "a")
+    assert "device memory" in run(capsys, url, "prefetch", "a")
     table = run(capsys, url, "ls").splitlines()
     assert table[0].split()[:3] == ["NAME", "VERSION", "STATE"]
     assert [line.split()[0] for line in table[1:]] == ["a", "owned"]

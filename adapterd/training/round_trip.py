@@ -205,4 +205,14 @@ def _read(folder: Path, network: Network, renderer: Renderer) -> None:
         spec=network.spec,
         tokenizer=renderer.identity,
         base_fingerprint=network.fingerprint,
+        base_weights=lambda path: _base_weight(network, path),
     )
+
+
+def _base_weight(network: Network, path: str) -> torch.Tensor:
+    """The frozen base's own tensor; PEFT has put it one module deeper where it trains."""
+    parent, _, last = path.rpartition(".")
+    module = network.model.get_submodule(parent)
+    found = getattr(getattr(module, "base_layer", module), last)
+    assert isinstance(found, torch.Tensor)
+    return found
