@@ -18,6 +18,7 @@ from adapterd.config import (
     AdaptersSettings,
     Bytes,
     CheckSettings,
+    EstimateSettings,
     EvalSettings,
     ProveSettings,
     PullSettings,
@@ -141,6 +142,16 @@ def train(flags: dict[str, Any]) -> int:
     return 0
 
 
+def estimate(flags: dict[str, Any]) -> int:
+    settings = _settings(EstimateSettings, flags)
+
+    from adapterd.training.estimate import estimate
+
+    found = estimate(settings)
+    print(found.as_json() if settings.json_ else found.as_text())
+    return 0
+
+
 def evaluate(flags: dict[str, Any]) -> int:
     settings = _settings(EvalSettings, flags)
 
@@ -241,6 +252,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for settings, run, summary in (
         (ServeSettings, serve, "serve a base and its adapters under the OpenAI API"),
+        (CheckSettings, check, "say what is wrong with rows before anybody trains on them"),
+        (EstimateSettings, estimate, "say what a training would take, from a few seconds of it"),
         (TrainSettings, train, "train an adapter from rows of chat messages"),
         (
             EvalSettings,
@@ -248,7 +261,6 @@ def build_parser() -> argparse.ArgumentParser:
             "measure adapters against the base, bare and well prompted, on held-out rows",
         ),
         (PullSettings, pull, "fetch adapters into a directory that a daemon watches"),
-        (CheckSettings, check, "say what is wrong with rows before anybody trains on them"),
     ):
         _add_command(commands, settings, run, summary)
     _add_adapters(commands)
@@ -287,7 +299,7 @@ def _add_command(
         argument_default=argparse.SUPPRESS,
     )
     command.set_defaults(run=run)
-    if settings is TrainSettings:
+    if issubclass(settings, TrainSettings):
         recipe = "settings as a TOML file; its relative paths start where it lies"
         command.add_argument("config", nargs="?", default=None, type=Path, metavar="RECIPE", help=recipe)
     else:

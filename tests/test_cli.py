@@ -57,7 +57,14 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == EXIT_USAGE
 
 
-def test_help_loads_no_model_library() -> None:
-    code = "import sys, adapterd.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+@pytest.mark.parametrize("command", ["check", "estimate", "train"])
+def test_help_loads_no_model_library(command: str) -> None:
+    code = (
+        "import sys, adapterd.cli\n"
+        f"try: adapterd.cli.main([{command!r}, '--help'])\n"
+        "except SystemExit: sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     root = Path(adapterd.__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"adapterd {command}" in done.stdout

@@ -63,5 +63,7 @@ def test_other_commands_work_on_a_copy(code: str, tmp_path: Path) -> None:
             run(["bash", "-euc", command + " --help"], cwd=tmp_path)
         elif command.startswith("adapterd train"):
             run(["bash", "-euc", command + " --epochs 0.2"], cwd=tmp_path)
+        elif command.startswith("adapterd estimate"):
+            run(["bash", "-euc", command + " --probe-seconds 1"], cwd=tmp_path)
         else:
             run(["bash", "-euc", command], cwd=tmp_path)

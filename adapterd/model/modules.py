@@ -47,10 +47,6 @@ def find_modules(model: Any, run: Callable[[int], None]) -> BaseModules:
     )
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return isinstance(module, Int8Linear) or next(module.parameters(recurse=False), None) is not None
-
-
 def _shapes(model: nn.Module, named: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Of every tensor. A linear in 8 bits has one weight for all who look, however it keeps it."""
     shapes: dict[str, tuple[int, ...]] = {}

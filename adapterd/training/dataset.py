@@ -16,6 +16,7 @@ from adapterd.training.data import (
     split_validation,
 )
 from adapterd.training.recipe import Recipe
+from adapterd.training.tables import parse_columns
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,16 @@ class Dataset:
 
 
 def read_dataset(recipe: Recipe, renderer: Renderer, *, max_length: int) -> Dataset:
-    """Raises InvalidRequest listing the lines that cannot be learnt, leaks into held-out rows, and empty sides."""
-    rows = read_rows(recipe.data)
+    """Raises InvalidRequest listing the lines that cannot be learnt, leaks into held-out rows, and empty sides.
+
+    Raises ConfigError for a `--map` that names no columns.
+    """
+    columns = parse_columns(recipe.map)
+    rows = read_rows(recipe.data, columns=columns)
     if recipe.heldout is not None:
-        refuse_leaks(rows, read_rows(recipe.heldout), path=recipe.heldout)
+        refuse_leaks(rows, read_rows(recipe.heldout, columns=columns), path=recipe.heldout)
     if recipe.validation is not None:
-        validation_path, validation_rows = recipe.validation, read_rows(recipe.validation)
+        validation_path, validation_rows = recipe.validation, read_rows(recipe.validation, columns=columns)
         refuse_leaks(rows, validation_rows, path=validation_path)
     else:
         validation_path = recipe.data

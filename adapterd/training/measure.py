@@ -12,22 +12,20 @@ from adapterd.training.data import Example
 from adapterd.training.memory import fit_memory
 from adapterd.training.network import Network, build_network
 from adapterd.training.recipe import Recipe
-from adapterd.training.rules import MAX_GRADIENT_NORM, epochs_for, num_steps_for
+from adapterd.training.rules import MAX_GRADIENT_NORM
 
 
 @dataclass(frozen=True)
 class Measured:
     """What training costs here. Tokens are those of whole rows, prompts included, padding not.
 
-    `num_steps` is the most that the recipe would take; `evaluation_tokens_per_second` is for rows that are only
-    looked at; `load_seconds` is until the base stands ready.
+    `evaluation_tokens_per_second` is for rows that are only looked at; `load_seconds` is until the base stands ready.
     """
 
     tokens_per_second: float
     evaluation_tokens_per_second: float
     load_seconds: float
     peak_bytes: int
-    num_steps: int
     num_base_parameters: int
     num_trainable: int
     device: str
@@ -57,13 +55,11 @@ def measure_training(
     began = time.perf_counter()
     network.evaluate(batches[0])
     evaluated = sum(example.num_tokens for example in batches[0])
-    epochs = recipe.epochs or epochs_for(len(examples))
     return Measured(
         tokens_per_second=tokens / seconds,
         evaluation_tokens_per_second=evaluated / (time.perf_counter() - began),
         load_seconds=load_seconds,
         peak_bytes=network.peak_bytes(),
-        num_steps=num_steps_for(len(examples), recipe.batch_size, epochs),
         num_base_parameters=network.num_base_parameters,
         num_trainable=network.num_trainable,
         device=str(network.device),

@@ -1,6 +1,7 @@
 """What a recipe comes to on this base and these rows: rates and steps, and what makes a run the same run."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from adapterd.training.dataset import Dataset
@@ -10,15 +11,37 @@ from adapterd.training.rules import epochs_for, learning_rate_for, num_steps_for
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers that nobody has to give, settled. `max_steps` is the most; the schedule may end sooner."""
+class Steps:
+    """How often the rows are seen. `max_steps` is the most; the schedule may end sooner."""
 
-    learning_rate: float
     epochs: float
     steps_per_epoch: int
     max_steps: int
-    num_warmup: int
     steps_per_evaluation: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Dataset) -> "Steps":
+        epochs = recipe.epochs or epochs_for(dataset.num_rows)
+        per_epoch = steps_per_epoch(len(dataset.training), recipe.batch_size)
+        return cls(
+            epochs=epochs,
+            steps_per_epoch=per_epoch,
+            max_steps=num_steps_for(len(dataset.training), recipe.batch_size, epochs),
+            steps_per_evaluation=max(1, round(per_epoch / recipe.evaluations_per_epoch)),
+        )
+
+    @property
+    def max_evaluations(self) -> int:
+        """Before the first step, at each interval, and after the last step."""
+        return 1 + math.ceil(self.max_steps / self.steps_per_evaluation)
+
+
+@dataclass(frozen=True)
+class Plan(Steps):
+    """The numbers that nobody has to give, settled."""
+
+    learning_rate: float
+    num_warmup: int
 
     def identity(self, recipe: Recipe, network: Network, dataset: Dataset) -> dict[str, str]:
         """Everything that the weights after a step depend on, by name. Two runs that agree on it are one run."""
@@ -75,14 +98,9 @@ class Plan:
 
 def make_plan(recipe: Recipe, network: Network, dataset: Dataset) -> Plan:
     """Rules fill in what the recipe leaves open."""
-    epochs = recipe.epochs or epochs_for(dataset.num_rows)
-    per_epoch = steps_per_epoch(len(dataset.training), recipe.batch_size)
-    max_steps = num_steps_for(len(dataset.training), recipe.batch_size, epochs)
+    steps = Steps.of(recipe, dataset)
     return Plan(
+        **vars(steps),
         learning_rate=recipe.learning_rate or learning_rate_for(network.num_base_parameters),
-        epochs=epochs,
-        steps_per_epoch=per_epoch,
-        max_steps=max_steps,
-        num_warmup=round(recipe.warmup_fraction * max_steps),
-        steps_per_evaluation=max(1, round(per_epoch / recipe.evaluations_per_epoch)),
+        num_warmup=round(recipe.warmup_fraction * steps.max_steps),
     )

@@ -10,9 +10,10 @@ RUNS_FOLDER = ".runs"
 class Recipe(Protocol):
     """What a training run is told; `config.TrainSettings` is the real thing.
 
-    None is "by rule" (`rules.py`, or what the warm start has). `out` is the directory of adapters that the result
-    is published into. `batch_size` rows make one optimiser step, computed `micro_batch_tokens` at a time;
-    `patience` counts evaluations without a better validation loss; `alpha / rank` scales the update.
+    None is "by rule" (`rules.py`, or what the warm start has). `map` says what the rows call their columns. `out` is
+    the directory of adapters that the result is published into. `batch_size` rows make one optimiser step, computed
+    `micro_batch_tokens` at a time; `patience` counts evaluations without a better validation loss; `alpha / rank`
+    scales the update.
     """
 
     @property
@@ -25,6 +26,8 @@ class Recipe(Protocol):
     def validation(self) -> Path | None: ...
     @property
     def validation_fraction(self) -> float: ...
+    @property
+    def map(self) -> Sequence[str]: ...
     @property
     def name(self) -> str: ...
     @property

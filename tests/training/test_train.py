@@ -106,6 +106,23 @@ def test_adapter_is_what_peft_loads_and_it_has_learnt(told: TrainSettings, base:
     assert total / num_labels(examples) == pytest.approx(seal["validation_loss"], abs=2e-5)
 
 
+def test_a_table_with_columns_of_other_names_gives_the_adapter_that_chat_rows_give(
+    told: TrainSettings, tmp_path: Path
+) -> None:
+    table = tmp_path / "tickets.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "question", "reply"])
+        for number, row in enumerate(read_rows(told.data)):
+            writer.writerow([number, row.prompt_text, row.answer])
+    by_rows = train(but(told, epochs=0.4, out=tmp_path / "rows"))
+    mapped = but(told, epochs=0.4, data=table, map=("prompt=question", "completion=reply"))
+    by_table = train(but(mapped, out=tmp_path / "table"))
+    assert (by_table / WEIGHTS_FILE).read_bytes() == (by_rows / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(InvalidRequest, match=r"tickets\.csv:1: no column 'prompt'"):
+        train(but(mapped, map=()))
+
+
 def test_first_steps_equal_a_plain_loop_over_the_same_batches(told: TrainSettings, base: Path) -> None:
     rows = history(train(but(told, epochs=1.0, warmup_fraction=0.5)))
     renderer = Renderer.load(base)
@@ -488,7 +505,6 @@ def test_measured_steps_say_what_training_costs(told: TrainSettings, base: Path)
     renderer = Renderer.load(base)
     examples = encode_rows(read_rows(told.data), renderer, max_length=256, path=told.data)
     measured = measure_training(told, renderer, examples, max_seconds=0.01)
-    assert measured.num_steps == 12
     assert measured.tokens_per_second > 0
     assert measured.peak_bytes > 2**20
     assert told.out is not None
