@@ -90,7 +90,7 @@ class AdapterFiles:
 def check_seal(
     data: bytes | None, digests: Mapping[str, str], base_fingerprint: str | None, spec: BaseSpec, adapter: str
 ) -> BaseMatch:
-    """Compare with adapterd.json, which training writes: the base it is for and what its files hash to."""
+    """Compare with adapterd.json, which training writes: the base it is for, its bits, and what its files hash to."""
     if data is None:
         return "shapes"
     seal = parse_json_object(data, file=SEAL_FILE, adapter=adapter)
@@ -103,6 +103,13 @@ def check_seal(
                 f"adapter {adapter!r}: {name} has sha256 {digest}, and {SEAL_FILE} says {files.get(name)};"
                 f" the files are damaged or of two versions. If the change was meant, remove {SEAL_FILE}"
             )
+    trained_on = seal.get("trained_on")
+    if str(trained_on).startswith("bnb-") and trained_on != spec.quantization:
+        raise AdapterRefused(
+            f"adapter {adapter!r} was trained on a base held in {trained_on}, and {spec.name!r} is held with"
+            f" --quantization {spec.quantization}, on which it answers differently. Serve with --quantization"
+            f" {trained_on}, or remove 'trained_on' from {SEAL_FILE} if that is what you want"
+        )
     recorded = seal.get("base_fingerprint")
     if recorded is not None and base_fingerprint is not None and recorded != base_fingerprint:
         raise AdapterRefused(

@@ -233,7 +233,7 @@ class BaseSpec:
 
     `lora_targets` maps a module path, as PEFT writes it in an adapter's tensors after `base_model.model.`,
     to (d_out, d_in) of each linear that adapters may change. `dtype` is torch's name for the compute type.
-    `max_model_len` bounds prompt and answer together.
+    `max_model_len` bounds prompt and answer together. `quantization` says in how many bits its linears are held.
     """
 
     name: str
@@ -245,6 +245,7 @@ class BaseSpec:
     lora_targets: Mapping[str, tuple[int, int]]
     eos_token_ids: frozenset[int]
     modules: BaseModules = field(default_factory=BaseModules)
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)

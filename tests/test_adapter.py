@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,22 @@ def test_seal_with_other_hash_or_other_base_is_refused(written: Path, read: Call
     seal(files=None)
     with pytest.raises(AdapterRefused, match="no 'files'"):
         read(written)
+
+
+def test_an_adapter_of_a_4_bit_base_is_refused_on_another_unless_the_seal_no_longer_says_so(
+    written: Path, read: Callable[..., Adapter], spec: BaseSpec
+) -> None:
+    files = {n: hashlib.sha256((written / n).read_bytes()).hexdigest() for n in (CONFIG_FILE, WEIGHTS_FILE)}
+    (written / SEAL_FILE).write_text(json.dumps({"files": files, "trained_on": "bnb-4bit"}))
+    with pytest.raises(
+        AdapterRefused, match=r"held in bnb-4bit, and 'tiny' is held with --quantization none"
+    ):
+        read(written)
+    assert read(written, spec=replace(spec, quantization="bnb-4bit"))
+    for trained_on in ({}, {"trained_on": "bfloat16"}):
+        (written / SEAL_FILE).write_text(json.dumps({"files": files, **trained_on}))
+        assert read(written)
+        assert read(written, spec=replace(spec, quantization="int8"))
 
 
 def test_template_end_tokens_and_defaults_come_along(written: Path, read: Callable[..., Adapter]) -> None:

@@ -109,6 +109,7 @@ def load_base(
         lora_targets=seams.targets,
         eos_token_ids=_eos_token_ids(model),
         modules=seams.modules if probed.takes_edits else _without_edits(seams.modules, config.model_type),
+        quantization=quantization,
     )
     logger.info(
         "base %s: %s, %s%s on %s, %.1f M parameters, context %d",

@@ -28,6 +28,7 @@ from adapterd.training.data import Example
 from adapterd.training.lora import copy_matrices, linears_of, lora_config, read_warm_start
 from adapterd.training.packing import packing_problem
 from adapterd.training.recipe import Recipe
+from adapterd.training.stop_token import check_stop_token
 
 _logger = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ def build_network(recipe: Recipe, renderer: Renderer) -> Network:
     if base_fingerprint(directory) != fingerprint:
         raise BaseRefused(f"the base in {directory} was rewritten while it was read; start again")
     model.requires_grad_(False)
+    check_stop_token(model.get_output_embeddings(), renderer)
     spec = BaseSpec(
         name=recipe.base,
         root=recipe.base,
@@ -210,6 +212,7 @@ def build_network(recipe: Recipe, renderer: Renderer) -> Network:
         max_model_len=exact_context(config, None),
         lora_targets=linears_of(model),
         eos_token_ids=renderer.eos_token_ids,
+        quantization=recipe.quantization,
     )
     start = read_warm_start(recipe, spec, renderer, fingerprint)
     lora, scale = lora_config(recipe, spec, start)

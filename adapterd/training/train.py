@@ -33,6 +33,7 @@ from adapterd.training.round_trip import NUM_ROWS, check_servable, label_logprob
 from adapterd.training.rules import MAX_GRADIENT_NORM
 from adapterd.training.schedule import Schedule
 from adapterd.training.state import TrainingState
+from adapterd.training.stop_token import warn_if_endless
 
 _logger = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def _learn(recipe: Recipe, checkpoint_directory: Path, stop: threading.Event) ->
     _put(state.best, network.trainable)
     held_back = dataset.validation[:NUM_ROWS]
     logprobs = label_logprobs(network, held_back)
+    warn_if_endless(logprobs, renderer)
     return _Learnt(result.finished(state, network, progress), held_back, logprobs)
 
 
