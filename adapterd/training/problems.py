@@ -1,7 +1,14 @@
 """What is wrong with a row, and how to put it right."""
 
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Literal
+
+MIN_ROWS = 10
+"""OpenAI's minimum, and ours: fewer rows teach nothing that a prompt could not say."""
+
+MIN_ROWS_FOR_STATISTICS = 20
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -43,3 +50,8 @@ class Finding:
     lines: tuple[int, ...] = ()
     examples: tuple[str, ...] = ()
     """What was found, a line each, for some of `lines`."""
+
+
+def count(things: Sized, noun: str = "row") -> str:
+    """As in `3 rows`, `1 row`."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

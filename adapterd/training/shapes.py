@@ -178,3 +178,8 @@ def excerpt(text: str) -> str:
     """The beginning of a text on one line, quoted."""
     flat = " ".join(text.split())
     return repr(flat if len(flat) <= 60 else f"{flat[:57]}...")
+
+
+def folded(text: str) -> str:
+    """Without case and spacing: what counts as the same answer."""
+    return " ".join(text.casefold().split())
