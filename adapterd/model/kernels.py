@@ -2,39 +2,59 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import nn
 
 from adapterd.errors import BaseRefused
 from adapterd.model import native
 from adapterd.model.attention import ContextFactory, paged_context
 from adapterd.model.attention_cpu import native_context
 from adapterd.model.int8 import Int8Product, int8_linear
+from adapterd.model.kv import KVShape
+from adapterd.model.layer_cpu import fuse_native
 from adapterd.model.lora import LoraStep
 from adapterd.model.lora_cpu import NativeLoraStep
+from adapterd.model.mlps import SiluMulFunction
+from adapterd.model.norms import RMSNormFunction
+from adapterd.model.pointwise_cpu import native_rms_norm, native_silu_mul
 
 logger = logging.getLogger(__name__)
 
 KernelName = Literal["auto", "torch", "native", "triton"]
 
 
+Fuse = Callable[[nn.Module, LoraStep, Mapping[int, KVShape], Callable[[], object]], None]
+"""(model with wrapped linears, step, shapes by layer, one forward of the model): put together what belongs together."""
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """How a step adds adapters, how it attends, and how linears of 8 bits multiply."""
+    """How a step adds adapters, how it attends, how linears of 8 bits multiply, and what runs fused between them."""
 
     lora_step: Callable[[], LoraStep]
     paged_context: ContextFactory
     is_native: bool
     int8_product: Int8Product = int8_linear
+    rms_norm: RMSNormFunction | None = None
+    silu_mul: SiluMulFunction | None = None
+    fuse: Fuse | None = None
 
 
 TORCH_KERNELS = Kernels(LoraStep, paged_context, is_native=False)
-NATIVE_KERNELS = Kernels(NativeLoraStep, native_context, is_native=True)
+NATIVE_KERNELS = Kernels(
+    NativeLoraStep,
+    native_context,
+    is_native=True,
+    rms_norm=native_rms_norm,
+    silu_mul=native_silu_mul,
+    fuse=fuse_native,
+)
 
 
 def choose_kernels(wanted: KernelName, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -76,8 +96,16 @@ def _triton_kernels(device: torch.device) -> Kernels:
     # Imported here: a CPU need not have the package, and pays nothing for it where it has.
     from adapterd.model.attention_triton import triton_context
     from adapterd.model.int8_triton import int8_linear_triton
+    from adapterd.model.layer_triton import fuse_triton
     from adapterd.model.lora_triton import TritonLoraStep
+    from adapterd.model.pointwise_triton import triton_rms_norm, triton_silu_mul
 
     return Kernels(
-        partial(TritonLoraStep, device), triton_context, is_native=False, int8_product=int8_linear_triton
+        partial(TritonLoraStep, device),
+        triton_context,
+        is_native=False,
+        int8_product=int8_linear_triton,
+        rms_norm=triton_rms_norm,
+        silu_mul=triton_silu_mul,
+        fuse=fuse_triton,
     )

@@ -8,17 +8,14 @@ import torch
 
 from adapterd.core import BaseModules
 from adapterd.model.attention import ShapeRecorder
-from adapterd.model.grouped_cpu import group_linears
 from adapterd.model.int8 import Int8Linear
 from adapterd.model.kernels import Kernels
 from adapterd.model.kv import KVShape
-from adapterd.model.layer_cpu import use_native_layers
 from adapterd.model.linear_cpu import use_fastest_linears
 from adapterd.model.lora import LoraStep, wrap_linears
-from adapterd.model.lora_cpu import NativeLoraStep
-from adapterd.model.mlp_cpu import use_native_mlps
+from adapterd.model.mlps import use_fused_mlps
 from adapterd.model.modules import find_modules
-from adapterd.model.norm_cpu import use_native_norms
+from adapterd.model.norms import use_fused_norms
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,16 @@ def attach_seams(model: Any, kernels: Kernels) -> Seams:
     modules = find_modules(model, lambda num_tokens: _tokens(model, device, ShapeRecorder(), num_tokens))
     if device.type == "cpu":
         use_fastest_linears(model, kernels.is_native)
-    if kernels.is_native:
-        use_native_norms(model)
-        use_native_mlps(model)
+    if kernels.rms_norm is not None:
+        use_fused_norms(model, kernels.rms_norm)
+    if kernels.silu_mul is not None:
+        use_fused_mlps(model, kernels.silu_mul)
     step = kernels.lora_step()
     head = model.get_output_embeddings()
     targets = wrap_linears(model, step, lambda path: model.get_submodule(path) is not head)
-    if isinstance(step, NativeLoraStep):
-        group_linears(model, step, lambda: _tokens(model, device, recorder, 1))
-        use_native_layers(model, step, recorder.shapes)
-    else:
-        _tokens(model, device, recorder, 1)
+    _tokens(model, device, recorder, 1)
+    if kernels.fuse is not None:
+        kernels.fuse(model, step, recorder.shapes, lambda: _tokens(model, device, ShapeRecorder(), 1))
     return Seams(step, targets, modules, recorder.shapes)
 
 

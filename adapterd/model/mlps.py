@@ -1,10 +1,11 @@
-"""The gated MLP on a CPU: silu(gate) * up in one C++ call between the linears.
+"""The gated MLP: silu(gate) * up in one call between the linears.
 
 As with norms, a module's name says little: each is asked on random numbers, and only one that answers as
 down(silu(gate(x)) * up(x)) does is replaced.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,39 +16,40 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 """Of the largest output; bfloat16 rounds once less here than in the module."""
 
 
-def native_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up in float32, rounded once. gate, up: one shape, both float32 or both bfloat16."""
-    y: torch.Tensor = torch.ops.adapterd.silu_mul(gate, up)
-    return y
+SiluMulFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(gate, up), of one shape -> silu(gate) * up in float32, rounded once."""
 
 
-class NativeMLP(nn.Module):
+class FusedMLP(nn.Module):
     """A family's gated MLP with the same linears under the same names."""
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+    def __init__(
+        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, silu_mul: SiluMulFunction
+    ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self._silu_mul = silu_mul
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down_proj(native_silu_mul(self.gate_proj(x), self.up_proj(x)))
+        y: torch.Tensor = self.down_proj(self._silu_mul(self.gate_proj(x), self.up_proj(x)))
         return y
 
 
-def use_native_mlps(model: nn.Module) -> int:
+def use_fused_mlps(model: nn.Module, silu_mul: SiluMulFunction) -> int:
     """Replace in place every MLP that is one; returns how many. Before the linears are wrapped."""
-    found = {path: replacement(module) for path, module in model.named_modules()}
+    found = {path: fused_mlp(module, silu_mul) for path, module in model.named_modules()}
     replaced = 0
     for path, mlp in found.items():
         if mlp is not None:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, mlp)
             replaced += 1
-    logger.debug("%d MLPs run in C++", replaced)
+    logger.debug("%d MLPs have their gate in one call", replaced)
     return replaced
 
 
 @torch.inference_mode()
-def replacement(module: nn.Module) -> NativeMLP | None:
+def fused_mlp(module: nn.Module, silu_mul: SiluMulFunction) -> FusedMLP | None:
     """The module's stand-in if it computes down(silu(gate(x)) * up(x)), else None."""
     names = ("gate_proj", "up_proj", "down_proj")
     linears = [getattr(module, name, None) for name in names]
@@ -62,15 +64,15 @@ def replacement(module: nn.Module) -> NativeMLP | None:
         return None
     x = torch.randn(4, gate.in_features, generator=torch.Generator().manual_seed(0))
     # Numbers small and large, so that a clamp or a limit would be seen.
-    x = (x * torch.tensor([[1.0], [0.01], [10.0], [1000.0]])).to(dtype)
-    native = NativeMLP(gate, up, down)
+    x = (x * torch.tensor([[1.0], [0.01], [10.0], [1000.0]])).to(gate.weight.device, dtype)
+    fused = FusedMLP(gate, up, down, silu_mul)
     try:
         expected = module(x)
     except (TypeError, ValueError, RuntimeError):
         return None  # it wants more than its input
     if not isinstance(expected, torch.Tensor):
         return None
-    found = native(x)
+    found = fused(x)
     error = (found.float() - expected.float()).abs().amax(-1)
     bound = _TOLERANCE[dtype] * expected.float().abs().amax(-1)
-    return native if bool((error <= bound).all()) else None
+    return fused if bool((error <= bound).all()) else None

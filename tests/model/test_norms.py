@@ -1,4 +1,4 @@
-"""A family's RMSNorm is replaced where the C++ one computes the same, and only there."""
+"""A family's RMSNorm is replaced where the one call computes the same, and only there."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from adapterd.model.norm_cpu import NativeRMSNorm, native_rms_norm, replacement, use_native_norms
+from adapterd.model.norms import FusedRMSNorm, fused_norm, use_fused_norms
+from adapterd.model.pointwise_cpu import native_rms_norm
 from tests.exactness.families import FAMILIES
 from tests.native_kernels import require_native_kernels
 
@@ -44,7 +45,7 @@ def test_families_keep_their_weight_and_their_answers(
     norm: type[nn.Module], offset: float, dtype: torch.dtype
 ) -> None:
     module = random_weight(norm(96, eps=1e-3).to(dtype))
-    found = replacement(module)
+    found = fused_norm(module, native_rms_norm)
     assert found is not None
     assert found.weight is module.weight
     assert (found.eps, found.offset) == (1e-3, offset)
@@ -75,12 +76,12 @@ class EpsOutsideRMSNorm(LlamaRMSNorm):
     ids=lambda module: type(module).__name__,
 )
 def test_what_computes_something_else_is_left_alone(module: nn.Module) -> None:
-    assert replacement(module) is None
+    assert fused_norm(module, native_rms_norm) is None
 
 
 def test_every_norm_of_a_model_is_replaced_under_its_name() -> None:
     model = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]())
     names = list(model.state_dict())
-    assert use_native_norms(model) == 4 * model.config.num_hidden_layers + 1
-    assert isinstance(model.model.norm, NativeRMSNorm)
+    assert use_fused_norms(model, native_rms_norm) == 4 * model.config.num_hidden_layers + 1
+    assert isinstance(model.model.norm, FusedRMSNorm)
     assert list(model.state_dict()) == names

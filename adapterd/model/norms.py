@@ -1,4 +1,4 @@
-"""RMSNorm on a CPU in C++, in place of the eight operators that most families write it with.
+"""RMSNorm in one call, in place of the eight operators that most families write it with.
 
 Families write it differently (weight or 1 + weight, rounding before or after), and a name says nothing: so each
 module is asked, in float32 on random numbers, and only one that answers as the operator does is replaced.
@@ -6,6 +6,7 @@ module is asked, in float32 on random numbers, and only one that answers as the 
 
 import copy
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,44 +15,39 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5
 
-
-def native_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last dimension, in float32, rounded once.
-
-    x: [..., n]; weight: [n]; both float32 or both bfloat16.
-    """
-    y: torch.Tensor = torch.ops.adapterd.rms_norm(x, weight, eps, offset)
-    return y
+RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
+"""(x [..., n], weight [n], eps, offset) -> x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, rounded once."""
 
 
-class NativeRMSNorm(nn.Module):
+class FusedRMSNorm(nn.Module):
     """A family's RMSNorm with the same parameter. offset: 1 where the weight is kept as its distance from one."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float, compute: RMSNormFunction) -> None:
         super().__init__()
         self.weight = weight
         self.eps = eps
         self.offset = offset
+        self._compute = compute
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return native_rms_norm(hidden_states, self.weight, self.eps, self.offset)
+        return self._compute(hidden_states, self.weight, self.eps, self.offset)
 
 
-def use_native_norms(model: nn.Module) -> int:
+def use_fused_norms(model: nn.Module, compute: RMSNormFunction) -> int:
     """Replace in place every RMSNorm that is one; returns how many."""
-    found = [(path, replacement(module)) for path, module in model.named_modules()]
+    found = [(path, fused_norm(module, compute)) for path, module in model.named_modules()]
     replaced = 0
     for path, norm in found:
         if norm is not None:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, norm)
             replaced += 1
-    logger.debug("%d norms run in C++", replaced)
+    logger.debug("%d norms run in one call", replaced)
     return replaced
 
 
 @torch.inference_mode()
-def replacement(module: nn.Module) -> NativeRMSNorm | None:
+def fused_norm(module: nn.Module, compute: RMSNormFunction) -> FusedRMSNorm | None:
     """The module's stand-in if it computes an RMSNorm of its last dimension, else None."""
     if not type(module).__name__.endswith("RMSNorm"):
         return None
@@ -64,10 +60,10 @@ def replacement(module: nn.Module) -> NativeRMSNorm | None:
     own = copy.deepcopy(module).float()
     # Small numbers beside ordinary ones, so that eps and its place are seen too.
     x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0))
-    x = x * torch.tensor([[1.0], [0.01], [1e-3], [30.0]])
+    x = (x * torch.tensor([[1.0], [0.01], [1e-3], [30.0]])).to(weight.device)
     expected = own(x)
     for offset in (0.0, 1.0):
-        found = native_rms_norm(x, weight.float(), eps, offset)
+        found = compute(x, weight.float(), eps, offset)
         if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
-            return NativeRMSNorm(weight, eps, offset)
+            return FusedRMSNorm(weight, eps, offset, compute)
     return None

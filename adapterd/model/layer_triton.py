@@ -1,0 +1,167 @@
+"""A decoder layer of the Llama kind on a CUDA device: four products and six kernels between them.
+
+q, k and v are one product, gate and up another; what a layer adds to its input is summed by the product itself. Which
+layers are of the kind says layers.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from adapterd.model.attention_triton import TritonContext, triton_context, triton_paged_attention
+from adapterd.model.int8 import Int8Linear
+from adapterd.model.kv import KVShape
+from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
+from adapterd.model.lora import LoraStep
+from adapterd.model.lora_triton import TritonLoraStep
+from adapterd.model.pointwise_triton import Heads, triton_rms_norm, triton_silu_mul, turn_and_write
+
+
+class Projection:
+    """Linears of one input as one product, their outputs side by side, with the step's adapters.
+
+    The members keep their parameters, which become views of the common ones: nothing is held twice.
+    """
+
+    def __init__(self, members: Mapping[str, nn.Linear], step: TritonLoraStep) -> None:
+        self.paths = tuple(members)
+        linears = tuple(members.values())
+        self.d_outs = tuple(linear.out_features for linear in linears)
+        self._step = step
+        self._int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+        self.bias = _joined([linear.bias for linear in linears if linear.bias is not None])
+        if self._int8:
+            self.weight = _joined([linear.values for linear in self._int8])
+            self.scales = _joined([linear.scales for linear in self._int8])
+        else:
+            self.weight = _joined([linear.weight for linear in linears])
+            self.scales = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, d_in] -> [num_tokens, sum of d_outs]."""
+        y = self._product(x)
+        self._add_lora(y, x)
+        return y
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """y [num_tokens, sum of d_outs] += what __call__ gives, in place; rounded once where the product can sum."""
+        if self.scales is None and self.bias is None:
+            assert self.weight is not None
+            y.addmm_(x, self.weight.T)
+        else:
+            y += self._product(x)
+        self._add_lora(y, x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight is not None
+        if self.scales is not None:
+            return self._int8[0].product(x, self.weight, self.bias, self.scales)
+        return F.linear(x, self.weight, self.bias)
+
+    def _add_lora(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        if self._step.segments:
+            if len(x) != self._step.num_tokens:
+                raise RuntimeError(f"{self.paths[0]} saw {len(x)} of {self._step.num_tokens} tokens")
+            self._step.add_group(self.paths, self.d_outs, y, x)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One tensor with all rows, of which the given ones become views."""
+    if not tensors:
+        return None
+    if len(tensors) == 1:
+        return tensors[0].detach()
+    # Parameters cannot become views of what was made in inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        joined = torch.cat([tensor.detach() for tensor in tensors])
+        start = 0
+        for tensor in tensors:
+            tensor.data = joined[start : start + len(tensor)]
+            start += len(tensor)
+    return joined
+
+
+class TritonLayer(FusedLayer):
+    def __init__(
+        self,
+        parts: LayerParts,
+        linears: Sequence[nn.Linear],
+        own: Callable[..., torch.Tensor],
+        step: TritonLoraStep,
+    ) -> None:
+        super().__init__(parts.path, own, step)
+        named = {f"{parts.path}.{name}": linear for name, linear in zip(LINEARS, linears, strict=True)}
+        paths = list(named)
+        self._qkv, self._o, self._gate_up, self._down = (
+            Projection({path: named[path] for path in members}, step)
+            for members in (paths[:3], paths[3:4], paths[4:6], paths[6:])
+        )
+        self._norm, self._mlp_norm, *head_norms = parts.norms
+        q_norm, k_norm = head_norms or (None, None)
+        shape = parts.shape
+        num_heads = linears[0].out_features // shape.key_dim
+        self._heads = Heads(num_heads, shape.num_heads, shape.key_dim, shape.value_dim, q_norm, k_norm)
+        self._attention = parts.attention
+
+    def applies(self, num_tokens: int, paged: object) -> bool:
+        return isinstance(paged, TritonContext)
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        paged: TritonContext,
+    ) -> torch.Tensor:
+        cos, sin = position_embeddings
+        hidden = hidden_states.view(-1, hidden_states.shape[-1])
+        attention, plan = self._attention, paged.plan
+
+        x = triton_rms_norm(hidden, self._norm.weight, self._norm.eps, self._norm.offset)
+        query = turn_and_write(
+            self._qkv(x), cos[0], sin[0], self._heads, paged.pool, attention.layer, plan.slot_mapping
+        )
+        attended = triton_paged_attention(
+            query,
+            paged.pool.keys[attention.layer],
+            paged.pool.values[attention.layer],
+            plan,
+            scale=attention.scale,
+            sliding_window=attention.sliding_window,
+            softcap=attention.softcap,
+            sinks=attention.sinks,
+        )
+        self._o.add_to(hidden, attended.view(len(hidden), -1))
+
+        x = triton_rms_norm(hidden, self._mlp_norm.weight, self._mlp_norm.eps, self._mlp_norm.offset)
+        gate, up = self._gate_up(x).tensor_split(2, dim=1)
+        self._down.add_to(hidden, triton_silu_mul(gate, up))
+        return hidden_states
+
+
+def fuse_triton(
+    model: nn.Module, step: LoraStep, shapes: Mapping[int, KVShape], run: Callable[[], object]
+) -> None:
+    """As kernels.Fuse: every layer of the Llama kind gets its fused forward."""
+    assert isinstance(step, TritonLoraStep)
+
+    def make(parts: LayerParts, layer: nn.Module) -> TritonLayer | None:
+        linears = [
+            inner
+            for inner in (linear.inner for linear in parts.linears)
+            if isinstance(inner, nn.Linear) and type(inner) in (nn.Linear, Int8Linear)
+        ]
+        if len(linears) != len(LINEARS) or parts.shape.key_dim % 2:
+            return None
+        groups = [linears[:3], linears[3:4], linears[4:6], linears[6:]]
+        if not all(_is_alike(group) for group in groups):
+            return None
+        return TritonLayer(parts, linears, layer.forward, step)
+
+    use_fused_layers(model, shapes, triton_context, make)
+
+
+def _is_alike(linears: Sequence[nn.Linear]) -> bool:
+    """Whether these can be one product: all with a bias or none, and of one type."""
+    return len({(type(linear), linear.bias is None) for linear in linears}) == 1

@@ -1,0 +1,241 @@
+"""Whole decoder layers computed in a few calls, where a layer is of the Llama kind.
+
+A layer is not recognised by its name. Its parts must be there (seven linears, two or four RMSNorms, a gated MLP), and
+what the fast way makes of a few tokens must be what the layer itself makes of them; any other layer stays as it is.
+On a CPU the family's probe then checks the result against transformers, as it checks everything else.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterd.model.attention import AttentionContext, ContextFactory
+from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
+from adapterd.model.lora import LoraLinear, LoraStep
+from adapterd.model.mlps import FusedMLP
+from adapterd.model.norms import FusedRMSNorm
+
+logger = logging.getLogger(__name__)
+
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_NUM_TOKENS = (3, 2)
+"""Of the two sequences that a layer is tried on."""
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}
+"""Of the largest number that the layer adds to its input; bfloat16 is rounded at fewer places in the fast way."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer handed to attention beside queries, keys and values."""
+
+    layer: int
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer of the Llama kind. linears in the order of LINEARS; norms: before attention, before the MLP, and, of
+    families that have them, of queries' and of keys' heads.
+    """
+
+    path: str
+    linears: list[LoraLinear]
+    norms: list[FusedRMSNorm]
+    attention: AttentionCall
+    shape: KVShape
+
+
+class FusedLayer(ABC):
+    """The forward of a decoder layer; falls back to the layer's own where the fast way does not apply."""
+
+    def __init__(self, path: str, own: Callable[..., torch.Tensor], step: LoraStep) -> None:
+        self._own = own
+        self._step = step
+        self._prefix = f"{path}."
+        self._edited: frozenset[str] = frozenset()
+        self._is_edited = False
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        paged = kwargs.get("paged")
+        if not self.applies(hidden_states.shape[-2], paged):
+            return self._own(hidden_states, *args, **kwargs)
+        if self._step.edited is not self._edited:
+            self._edited = self._step.edited
+            self._is_edited = any(module.startswith(self._prefix) for module in self._edited)
+        if self._is_edited:  # by hooks on modules, which the fast way does not pass by
+            return self._own(hidden_states, *args, **kwargs)
+        return self.compute(hidden_states, kwargs["position_embeddings"], paged)
+
+    @abstractmethod
+    def applies(self, num_tokens: int, paged: object) -> bool:
+        """Whether a step of so many tokens with this attention context can go the fast way."""
+
+    @abstractmethod
+    def compute(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], paged: Any
+    ) -> torch.Tensor:
+        """hidden_states [1, num_tokens, hidden_size], which may be changed; cos and sin [1, num_tokens, key_dim]."""
+
+
+Make = Callable[[LayerParts, nn.Module], FusedLayer | None]
+"""The fast way of a layer with these parts, or None if there is none."""
+
+
+class _Recorder:
+    """An attention context that notes what it is asked."""
+
+    def __init__(self, context: AttentionContext) -> None:
+        self._context = context
+        self.calls: list[AttentionCall] = []
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        self.calls.append(AttentionCall(layer, scale, sliding_window, softcap, sinks))
+        return self._context.attend(
+            layer,
+            query,
+            key,
+            value,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+
+@dataclass
+class _Seen:
+    """One layer's turn in a forward of the model."""
+
+    inputs: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    output: torch.Tensor | None = None
+    attention: AttentionCall | None = None
+
+
+@torch.inference_mode()
+def use_fused_layers(
+    model: nn.Module, shapes: Mapping[int, KVShape], make_context: ContextFactory, make: Make
+) -> int:
+    """Give every layer of the Llama kind its fast forward; returns how many. After use_fused_norms and -mlps."""
+    layers = {path: m for path, m in model.named_modules() if _linears_and_norms(m) is not None}
+    if not layers:
+        return 0
+    context, seen = _watch(model, layers, shapes, make_context)
+    replaced = 0
+    for path, layer in layers.items():
+        fused = _fused(path, layer, seen.get(path), shapes, context, make)
+        if fused is not None:
+            # The instance's, not the class's: another model of this family is not touched.
+            layer.forward = fused
+            replaced += 1
+    logger.info("%d of %d decoder layers run fused", replaced, len(shapes))
+    return replaced
+
+
+def _linears_and_norms(layer: nn.Module) -> tuple[list[LoraLinear], list[FusedRMSNorm]] | None:
+    def find(name: str) -> nn.Module | None:
+        try:
+            return layer.get_submodule(name)
+        except AttributeError:
+            return None
+
+    names = [*_LAYER_NORMS, *(name for name in _HEAD_NORMS if find(name) is not None)]
+    norms = [norm for norm in map(find, names) if isinstance(norm, FusedRMSNorm)]
+    linears = [linear for linear in map(find, LINEARS) if isinstance(linear, LoraLinear)]
+    if len(linears) != len(LINEARS) or len(norms) != len(names) or not isinstance(find("mlp"), FusedMLP):
+        return None
+    return linears, norms
+
+
+def _watch(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    shapes: Mapping[int, KVShape],
+    make_context: ContextFactory,
+) -> tuple[AttentionContext, dict[str, _Seen]]:
+    """One forward of two short sequences, and what each layer was given and gave."""
+    first = next(model.parameters())
+    pool = KVPool(shapes, len(_NUM_TOKENS), first.dtype, first.device)
+    slots = [i * KV_BLOCK_SIZE + torch.arange(count) for i, count in enumerate(_NUM_TOKENS)]
+    context = make_context(pool, slots, _NUM_TOKENS)
+    recorder = _Recorder(context)
+    seen: dict[str, _Seen] = {}
+    hooks = []
+    for path, layer in layers.items():
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            inputs = args[0] if args else kwargs["hidden_states"]
+            seen[path] = _Seen(inputs, kwargs.get("position_embeddings"))
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: object, path: str = path) -> None:
+            seen[path].output = output if isinstance(output, torch.Tensor) else None
+            seen[path].attention = recorder.calls[-1]
+
+        hooks += [
+            layer.register_forward_pre_hook(before, with_kwargs=True),
+            layer.register_forward_hook(after),
+        ]
+    try:
+        ids = torch.arange(1, 1 + sum(_NUM_TOKENS), device=first.device)[None]
+        positions = torch.cat([torch.arange(count) for count in _NUM_TOKENS]).to(first.device)[None]
+        model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return context, seen
+
+
+def _fused(
+    path: str,
+    layer: nn.Module,
+    seen: _Seen | None,
+    shapes: Mapping[int, KVShape],
+    context: AttentionContext,
+    make: Make,
+) -> FusedLayer | None:
+    parts = _linears_and_norms(layer)
+    if parts is None or seen is None or seen.attention is None:
+        return None
+    if seen.output is None or seen.position_embeddings is None:
+        return None
+    attention = seen.attention
+    fused = make(LayerParts(path, *parts, attention, shapes[attention.layer]), layer)
+    if fused is None:
+        return None
+    try:
+        found = fused.compute(seen.inputs.clone(), seen.position_embeddings, context)
+    except RuntimeError as error:
+        logger.debug("%s is not run fused: %s", path, error)
+        return None
+    added = (seen.output - seen.inputs).float().abs().max()
+    difference = (found - seen.output).float().abs().max()
+    return fused if bool(difference <= _TOLERANCE[found.dtype] * added) else None
