@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
+from adapterd.model.launch_triton import launch_options
 
 _PROGRAMS_PER_PROCESSOR = 2
 """A decode is split over its contexts until about so many run."""
@@ -38,6 +40,7 @@ def write_kernel(
     value_head_stride,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -46,6 +49,9 @@ def write_kernel(
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     slot = tl.load(slot_mapping + token)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if slot >= 0:
         columns = tl.arange(0, BLOCK_KEY)[None, :]
         mask = (heads < num_heads) & (columns < KEY_DIM)
@@ -82,6 +88,7 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     KV_BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
     PROGRAMS_PER_TILE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -104,6 +111,9 @@ def attend_kernel(
     positions = first_position + within
 
     key_columns, value_columns = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_VALUE)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     q = tl.load(
         query
         + tokens[:, None] * query_token_stride
@@ -193,11 +203,15 @@ def join_kernel(
     VALUE_DIM: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):
     """The parts of one tile's token and one head, each brought to the greatest score of all, then divided."""
     tile, head = tl.program_id(0), tl.program_id(1)
     first, count = tl.load(tiles + 4 * tile + 1), tl.load(tiles + 4 * tile + 2)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if count > 0:
         splits = tl.arange(0, NUM_SPLITS)
         columns = tl.arange(0, BLOCK_VALUE)
@@ -301,6 +315,7 @@ def triton_paged_attention(
     widest = max(key_dim, value_dim) * query.element_size()
     block_context = 64 if widest <= 256 else 32 if widest <= 512 else 16
     chunk_rows = 16 if query.element_size() == 4 else 64
+    options = launch_options(query.device)
 
     def launch(
         tiles: torch.Tensor, programs_per_tile: int, block_tokens: int, padded_group: int, num_splits: int
@@ -319,13 +334,13 @@ def triton_paged_attention(
             KV_BLOCK=KV_BLOCK_SIZE, PROGRAMS_PER_TILE=programs_per_tile,
             BLOCK_TOKENS=block_tokens, BLOCK_GROUP=padded_group, BLOCK_CONTEXT=block_context,
             BLOCK_KEY=max(triton.next_power_of_2(key_dim), 16), BLOCK_VALUE=block_value,
-            num_warps=4, num_stages=2,
+            **options, num_warps=4, num_stages=2,
         )  # fmt: skip
         if is_split:
             join_kernel[(tiles.shape[0], num_heads)](
                 out, sums, peaks, query if sinks is None else sinks, tiles, num_heads,
                 VALUE_DIM=value_dim, HAS_SINKS=sinks is not None, NUM_SPLITS=num_splits,
-                BLOCK_VALUE=block_value, num_warps=2,
+                BLOCK_VALUE=block_value, **options, num_warps=2,
             )  # fmt: skip
 
     if len(plan.singles):
@@ -359,7 +374,8 @@ def write_kv(
         key, value, pool.keys[layer], pool.values[layer], slot_mapping, num_heads,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_HEADS=block_heads,
-        BLOCK_KEY=triton.next_power_of_2(key_dim), BLOCK_VALUE=triton.next_power_of_2(value_dim), num_warps=4,
+        BLOCK_KEY=triton.next_power_of_2(key_dim), BLOCK_VALUE=triton.next_power_of_2(value_dim),
+        **launch_options(key.device), num_warps=4,
     )  # fmt: skip
 
 

@@ -6,6 +6,9 @@ A decode step is bound by reading the weights: of them only 8 bits cross the bus
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from adapterd.model.launch_triton import launch_options
 
 _FEW_TOKENS = 16
 """Up to here a step waits for weights: narrow blocks of rows, so that every processor of a large chip has some."""
@@ -23,6 +26,7 @@ def int8_linear_kernel(
     d_in,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -32,6 +36,9 @@ def int8_linear_kernel(
     rows = (tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     is_token, is_row = tokens < num_tokens, rows < d_out
     total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], dtype=tl.float32)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     for start in range(0, d_in, BLOCK_IN):
         columns = start + tl.arange(0, BLOCK_IN)
         is_column = columns < d_in
@@ -79,5 +86,6 @@ def int8_linear_triton(
             BLOCK_TOKENS=block_tokens,
             BLOCK_OUT=block_out,
             BLOCK_IN=block_in,
+            **launch_options(x.device),
         )
     return y.view(*x.shape[:-1], d_out)

@@ -31,13 +31,9 @@ class Projection:
         self.d_outs = tuple(linear.out_features for linear in linears)
         self._step = step
         self._int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
-        self.bias = _joined([linear.bias for linear in linears if linear.bias is not None])
-        if self._int8:
-            self.weight = _joined([linear.values for linear in self._int8])
-            self.scales = _joined([linear.scales for linear in self._int8])
-        else:
-            self.weight = _joined([linear.weight for linear in linears])
-            self.scales = None
+        self.bias = _joined(linears, "bias")
+        self.weight = _joined(linears, "values" if self._int8 else "weight")
+        self.scales = _joined(linears, "scales") if self._int8 else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, d_in] -> [num_tokens, sum of d_outs]."""
@@ -67,19 +63,20 @@ class Projection:
             self._step.add_group(self.paths, self.d_outs, y, x)
 
 
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One tensor with all rows, of which the given ones become views."""
-    if not tensors:
+def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor | None:
+    """One tensor with the rows of all, which become views of it; None where they have none."""
+    tensors = [getattr(linear, name) for linear in linears]
+    if tensors[0] is None:
         return None
-    if len(tensors) == 1:
-        return tensors[0].detach()
-    # Parameters cannot become views of what was made in inference mode.
+    # A model may have been made in inference mode or not: what is made here serves in both.
     with torch.inference_mode(False), torch.no_grad():
-        joined = torch.cat([tensor.detach() for tensor in tensors])
-        start = 0
-        for tensor in tensors:
-            tensor.data = joined[start : start + len(tensor)]
-            start += len(tensor)
+        joined = (
+            torch.cat([tensor.detach() for tensor in tensors]) if len(tensors) > 1 else tensors[0].detach()
+        )
+        views = joined.split([len(tensor) for tensor in tensors])
+        for linear, tensor, view in zip(linears, tensors, views, strict=True):
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(linear, name, nn.Parameter(view, requires_grad=False) if is_parameter else view)
     return joined
 
 

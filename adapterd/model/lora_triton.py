@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from adapterd.model.launch_triton import launch_options
 from adapterd.model.lora import LoraStep, Products, Segment
 
 _BLOCK_ROWS = 16
@@ -49,6 +51,7 @@ def shrink_kernel(
     NUM_SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -63,6 +66,9 @@ def shrink_kernel(
     linear = tl.where(member == 0, linear_0, tl.where(member == 1, linear_1, linear_2))
     begin = tl.load(bounds + (mix * num_linears + linear) * 2)
     end = tl.load(bounds + (mix * num_linears + linear) * 2 + 1)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if (count > 0) & (end > begin):
         offsets = tl.arange(0, BLOCK_TOKENS)
         is_token = offsets < count
@@ -119,6 +125,7 @@ def expand_kernel(
     NUM_SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -140,14 +147,22 @@ def expand_kernel(
     )
     begin = tl.load(bounds + (mix * num_linears + linear) * 2)
     end = tl.load(bounds + (mix * num_linears + linear) * 2 + 1)
+    columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    is_column = columns < d_out
+    # On their way before shrink has ended: of most adapters these are all.
+    b_part = _b_rows(
+        addresses, begin, tl.where(count > 0, end, begin), columns, is_column, y, ALIGNED, BLOCK_ROWS
+    )
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if (count > 0) & (end > begin):
         offsets = tl.arange(0, BLOCK_TOKENS)
         is_token = offsets < count
         tokens = (first + offsets).to(tl.int64)
-        columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        is_column = columns < d_out
         total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], dtype=tl.float32)
-        for row in range(begin, end, BLOCK_ROWS):
+        row = begin
+        while row < end:
             rows = row + tl.arange(0, BLOCK_ROWS)
             is_row = rows < end
             shrunk = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], dtype=tl.float32)
@@ -158,13 +173,6 @@ def expand_kernel(
                     mask=is_token[:, None] & is_row[None, :],
                     other=0.0,
                 )
-            b = tl.load(addresses + rows * 2 + 1, mask=is_row, other=0)
-            b_rows = b.to(tl.pointer_type(y.dtype.element_ty))
-            if ALIGNED:
-                b_rows = tl.multiple_of(b_rows, [16])
-            b_part = tl.load(
-                b_rows[:, None] + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
-            )
             if y.dtype.element_ty == tl.float32:
                 total = tl.dot(shrunk, b_part, total, input_precision=PRECISION)
             else:
@@ -173,10 +181,24 @@ def expand_kernel(
                 low = (shrunk - high.to(tl.float32)).to(y.dtype.element_ty)
                 total = tl.dot(high, b_part, total)
                 total = tl.dot(low, b_part, total)
+            row += BLOCK_ROWS
+            b_part = _b_rows(addresses, row, end, columns, is_column, y, ALIGNED, BLOCK_ROWS)
         place = y + tokens[:, None] * y_stride + (offset + columns)[None, :]
         mask = is_token[:, None] & is_column[None, :]
         before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         tl.store(place, (before + total).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _b_rows(addresses, row, end, columns, is_column, y, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """[BLOCK_ROWS, BLOCK_OUT]: columns of B, of the rank rows from `row` on; zeros from `end` on."""
+    rows = row + tl.arange(0, BLOCK_ROWS)
+    is_row = rows < end
+    b = tl.load(addresses + rows * 2 + 1, mask=is_row, other=0)
+    b_rows = b.to(tl.pointer_type(y.dtype.element_ty))
+    if ALIGNED:
+        b_rows = tl.multiple_of(b_rows, [16])
+    return tl.load(b_rows[:, None] + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
 
 
 @dataclass(frozen=True)
@@ -274,6 +296,7 @@ class TritonLoraStep(LoraStep):
             "ALIGNED": aligned,
             # Triton's own choice for float32 would be tf32.
             "PRECISION": "ieee",
+            **launch_options(x.device),
             "BLOCK_TOKENS": self._block_tokens,
             "BLOCK_ROWS": _BLOCK_ROWS,
         }

@@ -7,32 +7,44 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adapterd.model.kv import KVPool
+from adapterd.model.launch_triton import launch_options
 from adapterd.model.norms import FusedRMSNorm
 
 _HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, y, num_columns, x_stride, eps, offset, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x, weight, y, num_columns, x_stride, eps, offset, CHAINED: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[row] = x[row] / sqrt(mean(x[row]^2) + eps) * (weight + offset)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < num_columns
-    line = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     factors = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32) + offset
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+    line = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(line * line, 0) / num_columns
     result = line * (1.0 / tl.sqrt(mean + eps)) * factors
     tl.store(y + row * num_columns + columns, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def silu_mul_kernel(gate, up, y, num_columns, gate_stride, up_stride, BLOCK: tl.constexpr):
+def silu_mul_kernel(
+    gate, up, y, num_columns, gate_stride, up_stride, CHAINED: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[row] = gate[row] * sigmoid(gate[row]) * up[row]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     a = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(up + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     # Of a large negative number the plain formula would overflow.
@@ -95,6 +107,7 @@ def turn_and_write_kernel(
     HALF: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -106,6 +119,9 @@ def turn_and_write_kernel(
     cos += token * 2 * HALF
     sin += token * 2 * HALF
     columns = tl.arange(0, BLOCK_HALF)[None, :]
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     if block < query_blocks:
         heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
         first, second = _turned_heads(
@@ -144,6 +160,7 @@ def triton_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: f
         block = triton.next_power_of_2(num_columns)
         rms_norm_kernel[(num_rows,)](
             rows, weight, y, num_columns, rows.stride(0), eps, offset, BLOCK=block,
+            **launch_options(x.device),
             num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
     return y
@@ -157,7 +174,8 @@ def triton_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if len(gates):
         block = min(triton.next_power_of_2(num_columns), 1024)
         silu_mul_kernel[(len(gates), triton.cdiv(num_columns, block))](
-            gates, ups, y, num_columns, gates.stride(0), ups.stride(0), BLOCK=block, num_warps=4,
+            gates, ups, y, num_columns, gates.stride(0), ups.stride(0), BLOCK=block,
+            **launch_options(gate.device), num_warps=4,
         )  # fmt: skip
     return y
 
@@ -204,6 +222,6 @@ def turn_and_write(
         0.0 if k_norm is None else k_norm.eps, 0.0 if k_norm is None else k_norm.offset,
         NUM_HEADS=heads.num_heads, NUM_KV_HEADS=heads.num_kv_heads, HALF=half, VALUE_DIM=heads.value_dim,
         HAS_NORM=q_norm is not None, BLOCK_HEADS=block_heads, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_VALUE=triton.next_power_of_2(heads.value_dim), num_warps=2,
+        BLOCK_VALUE=triton.next_power_of_2(heads.value_dim), **launch_options(qkv.device), num_warps=2,
     )  # fmt: skip
     return qkv[:, : heads.num_heads * heads.key_dim].view(num_tokens, heads.num_heads, heads.key_dim)

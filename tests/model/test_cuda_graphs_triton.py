@@ -33,6 +33,9 @@ from adapterd.model.cuda_graphs import (  # isort: skip  (needs the interpreter'
 )
 from adapterd.model.lora_triton import TritonLoraStep  # isort: skip
 
+# Rows that are no token are computed from whatever lay in memory, and read by nobody.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
 GREEDY = SamplingParams(max_tokens=9, temperature=0.0, logprobs=3)
 
 

@@ -1,0 +1,22 @@
+"""How our Triton kernels are launched: where the chip can, each begins while the kernel in front still runs.
+
+This is CUDA's programmatic dependent launch. A kernel so launched may do anything before `gdc_wait` but read what the
+kernel in front writes, or write at all: whatever is older is complete, since every kernel here waits before it ends.
+"""
+
+from functools import cache
+
+import torch
+
+_CAPABILITY = (9, 0)
+
+
+@cache
+def can_chain(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keywords for a launch: the kernel's own constant CHAINED, and Triton's option."""
+    chained = can_chain(device)
+    return {"CHAINED": chained, "launch_pdl": chained}
