@@ -31,7 +31,7 @@ TILINGS = [
     for block_out, block_in, num_stages, num_warps in (
         (16, 256, 4, 4), (16, 512, 3, 4), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 3, 4), (128, 128, 3, 8),
     )
-    for num_splits in (1, 2, 4, 8)
+    for num_splits in (1, 2, 4)
 ]  # fmt: skip
 _POOL_BYTES = 3 << 29
 
