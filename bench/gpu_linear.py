@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from adapterd.model.linear_triton import FewTokensLinear, Tiling
+from adapterd.model.launch_triton import Counts
+from adapterd.model.linear_triton import Tiling, few_tokens_linear
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -29,7 +30,8 @@ SHAPES = {
 TILINGS = [
     Tiling(block_out, block_in, num_splits, num_stages, num_warps)
     for block_out, block_in, num_stages, num_warps in (
-        (16, 256, 4, 4), (16, 512, 3, 4), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 3, 4), (128, 128, 3, 8),
+        (64, 128, 4, 4), (64, 128, 6, 4), (64, 128, 8, 4), (64, 64, 8, 4), (64, 256, 4, 4), (128, 128, 3, 8),
+        (128, 128, 4, 8), (128, 64, 6, 4),
     )
     for num_splits in (1, 2, 4)
 ]  # fmt: skip
@@ -54,9 +56,7 @@ def seconds_of(launch: Callable[[], None], repeats: int = 4) -> float:
     return best
 
 
-def measure(
-    weights: Sequence[torch.Tensor], num_tokens: int, chained: Sequence[bool]
-) -> tuple[dict[str, float], list[str]]:
+def measure(weights: Sequence[torch.Tensor], num_tokens: int) -> tuple[dict[str, float], list[str]]:
     """Gigabytes a second by way, the fastest first; and what was wrong or did not fit."""
     d_out, d_in = weights[0].shape
     num_bytes = sum(weight.nbytes for weight in weights)
@@ -74,33 +74,30 @@ def measure(
         for weight in weights:
             y.addmm_(x, weight.T)
 
-    def ours(product: FewTokensLinear, tiling: Tiling) -> Callable[[], None]:
+    def ours(tiling: Tiling) -> Callable[[], None]:
         def launch() -> None:
             for weight in weights:
-                product(x, weight, None, y, tiling, adds=False)
+                few_tokens_linear(x, weight, y, tiling, counts)
 
         return launch
 
     found["library"] = num_bytes / seconds_of(library) / 1e9
     found["library, adding"] = num_bytes / seconds_of(library_adds) / 1e9
-    for is_chained in chained:
-        product = FewTokensLinear(x.device, chained=is_chained)
-        for tiling in TILINGS:
-            if d_in % (tiling.block_in * tiling.num_splits):
-                continue
-            label = (
-                f"{tiling.block_out}x{tiling.block_in}/{tiling.num_splits}{' chained' if is_chained else ''}"
-            )
-            try:
-                y.fill_(float("nan"))
-                product(x, weights[0], None, y, tiling, adds=False)
-                error = float((y.float() - exact).norm() / exact.norm())
-                if error < 1e-2:
-                    found[label] = num_bytes / seconds_of(ours(product, tiling)) / 1e9
-                else:
-                    troubles.append(f"{label} is wrong by {error}")
-            except Exception as failure:  # what does not fit this chip
-                troubles.append(f"{label}: {str(failure)[:80]}")
+    counts = Counts(x.device)
+    for tiling in TILINGS:
+        if d_in % (tiling.block_in * tiling.num_splits):
+            continue
+        label = f"{tiling.block_out}x{tiling.block_in}/{tiling.num_splits} s{tiling.num_stages} w{tiling.num_warps}"
+        try:
+            y.fill_(float("nan"))
+            few_tokens_linear(x, weights[0], y, tiling, counts)
+            error = float((y.float() - exact).norm() / exact.norm())
+            if error < 1e-2:
+                found[label] = num_bytes / seconds_of(ours(tiling)) / 1e9
+            else:
+                troubles.append(f"{label} is wrong by {error}")
+        except Exception as failure:  # what does not fit this chip
+            troubles.append(f"{label}: {str(failure)[:80]}")
     return dict(sorted(found.items(), key=lambda item: -item[1])), troubles
 
 
@@ -127,7 +124,7 @@ def main() -> None:
         count = max(min(len(pool) // (d_out * d_in), 12), 1)
         weights = [w.view(d_out, d_in) for w in pool[: count * d_out * d_in].chunk(count)]
         for num_tokens in map(int, args.tokens.split(",")):
-            found, troubles = measure(weights, num_tokens, [c == "1" for c in args.chained.split(",")])
+            found, troubles = measure(weights, num_tokens)
             best = ", ".join(f"{label} {rate:.0f}" for label, rate in list(found.items())[:6])
             print(f"{name:8} {num_tokens:3}: library {found['library']:.0f}; {best}", flush=True)
             for trouble in troubles:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 _CAPABILITY = (9, 0)
+_NUM_COUNTS = 1 << 16
 
 
 @cache
@@ -20,3 +21,18 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     """Keywords for a launch: the kernel's own constant CHAINED, and Triton's option."""
     chained = can_chain(device)
     return {"CHAINED": chained, "launch_pdl": chained}
+
+
+def num_processors(device: torch.device) -> int:
+    """Of the device; few where there is none, since Triton's interpreter runs one program at a time."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+
+
+class Counts:
+    """int32 zeros with which programs of a kernel find out who comes last; each kernel leaves zeros behind.
+
+    Made once for all kernels of a model, which run one after the other on one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.zeros = torch.zeros(_NUM_COUNTS, dtype=torch.int32, device=device)

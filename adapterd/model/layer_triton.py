@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from adapterd.model.attention_triton import TritonContext, triton_context, triton_paged_attention
 from adapterd.model.int8 import Int8Linear
 from adapterd.model.kv import KVShape
+from adapterd.model.launch_triton import Counts
 from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
+from adapterd.model.linear_triton import few_tokens_linear, tiling_of
 from adapterd.model.lora import LoraStep
-from adapterd.model.lora_triton import TritonLoraStep
+from adapterd.model.lora_triton import GroupStep, TritonLoraStep
 from adapterd.model.pointwise_triton import Heads, triton_rms_norm, triton_silu_mul, turn_and_write
 
 
@@ -25,11 +26,12 @@ class Projection:
     The members keep their parameters, which become views of the common ones: nothing is held twice.
     """
 
-    def __init__(self, members: Mapping[str, nn.Linear], step: TritonLoraStep) -> None:
+    def __init__(self, members: Mapping[str, nn.Linear], step: TritonLoraStep, counts: Counts) -> None:
         self.paths = tuple(members)
         linears = tuple(members.values())
         self.d_outs = tuple(linear.out_features for linear in linears)
         self._step = step
+        self._counts = counts
         self._int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
         self.bias = _joined(linears, "bias")
         self.weight = _joined(linears, "values" if self._int8 else "weight")
@@ -37,30 +39,51 @@ class Projection:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, d_in] -> [num_tokens, sum of d_outs]."""
-        y = self._product(x)
-        self._add_lora(y, x)
+        y = torch.empty(len(x), sum(self.d_outs), dtype=x.dtype, device=x.device)
+        self._compute(x, y, adds=False)
         return y
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """y [num_tokens, sum of d_outs] += what __call__ gives, in place; rounded once where the product can sum."""
-        if self.scales is None and self.bias is None:
-            assert self.weight is not None
-            y.addmm_(x, self.weight.T)
-        else:
-            y += self._product(x)
-        self._add_lora(y, x)
+        self._compute(x, y, adds=True)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
+    def _compute(self, x: torch.Tensor, y: torch.Tensor, *, adds: bool) -> None:
+        group = self._group(x)
+        assert self.weight is not None
+        d_out, d_in = self.weight.shape
+        tiling = tiling_of(d_out, d_in, len(x), x.device)
+        if tiling is not None:
+            few_tokens_linear(
+                x, self.weight, y, tiling, self._counts,
+                adds=adds, bias=self.bias, scales=self.scales, group=group,
+            )  # fmt: skip
+        else:
+            self._product(x, y, adds=adds)
+            if group is not None:
+                group.shrink()
+        if group is not None:
+            group.expand(y)
+
+    def _product(self, x: torch.Tensor, y: torch.Tensor, *, adds: bool) -> None:
         assert self.weight is not None
         if self.scales is not None:
-            return self._int8[0].product(x, self.weight, self.bias, self.scales)
-        return F.linear(x, self.weight, self.bias)
+            found = self._int8[0].product(x, self.weight, self.bias, self.scales)
+            y.copy_(y + found if adds else found)
+        elif adds:
+            y.addmm_(x, self.weight.T)
+            if self.bias is not None:
+                y += self.bias
+        elif self.bias is not None:
+            torch.addmm(self.bias, x, self.weight.T, out=y)
+        else:
+            torch.mm(x, self.weight.T, out=y)
 
-    def _add_lora(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        if self._step.segments:
-            if len(x) != self._step.num_tokens:
-                raise RuntimeError(f"{self.paths[0]} saw {len(x)} of {self._step.num_tokens} tokens")
-            self._step.add_group(self.paths, self.d_outs, y, x)
+    def _group(self, x: torch.Tensor) -> GroupStep | None:
+        if not self._step.segments:
+            return None
+        if len(x) != self._step.num_tokens:
+            raise RuntimeError(f"{self.paths[0]} saw {len(x)} of {self._step.num_tokens} tokens")
+        return self._step.group(self.paths, self.d_outs, x)
 
 
 def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor | None:
@@ -87,12 +110,13 @@ class TritonLayer(FusedLayer):
         linears: Sequence[nn.Linear],
         own: Callable[..., torch.Tensor],
         step: TritonLoraStep,
+        counts: Counts,
     ) -> None:
         super().__init__(parts.path, own, step)
         named = {f"{parts.path}.{name}": linear for name, linear in zip(LINEARS, linears, strict=True)}
         paths = list(named)
         self._qkv, self._o, self._gate_up, self._down = (
-            Projection({path: named[path] for path in members}, step)
+            Projection({path: named[path] for path in members}, step, counts)
             for members in (paths[:3], paths[3:4], paths[4:6], paths[6:])
         )
         self._norm, self._mlp_norm, *head_norms = parts.norms
@@ -142,6 +166,7 @@ def fuse_triton(
 ) -> None:
     """As kernels.Fuse: every layer of the Llama kind gets its fused forward."""
     assert isinstance(step, TritonLoraStep)
+    counts = Counts(next(model.parameters()).device)
 
     def make(parts: LayerParts, layer: nn.Module) -> TritonLayer | None:
         linears = [
@@ -154,7 +179,7 @@ def fuse_triton(
         groups = [linears[:3], linears[3:4], linears[4:6], linears[6:]]
         if not all(_is_alike(group) for group in groups):
             return None
-        return TritonLayer(parts, linears, layer.forward, step)
+        return TritonLayer(parts, linears, layer.forward, step, counts)
 
     use_fused_layers(model, shapes, triton_context, make)
 

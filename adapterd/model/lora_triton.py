@@ -7,7 +7,7 @@ uploads no more than its tiles: which tokens run which mix. All tables keep thei
 in a CUDA graph find other adapters there at the next replay.
 
 Source: Punica, arXiv 2310.18547, section 4 (shrink, then expand; shrink split over d_in); differs: rank rows
-gathered by address instead of one padded rank, and the split sums are added in the expand, so no atomics.
+gathered by address instead of one padded rank, and split sums added in a fixed order by whoever comes last.
 """
 
 from collections.abc import Sequence
@@ -15,190 +15,78 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from adapterd.model.launch_triton import launch_options
+from adapterd.model.launch_triton import Counts, launch_options
 from adapterd.model.lora import LoraStep, Products, Segment
+from adapterd.model.lora_kernels_triton import expand_kernel, shrink_kernel
 
-_BLOCK_ROWS = 16
+BLOCK_ROWS = 16
 """Rank rows at a time: the least that tensor cores take, and the most common rank."""
 
 _SHORT_TILE, _LONG_TILE = 16, 64
-_MAX_PROGRAMS = 1024
-"""A shrink is split over d_in until about so many programs run: some eight for each processor of a large chip."""
+_SPLIT_COLUMNS = 1024
+"""A shrink is split over d_in into parts of about so many columns, which a program reads in two microseconds."""
+_MAX_SPLITS = 16
 
 _MAX_GROUP = 3
 """Linears that one launch can serve: q, k and v."""
 
 
-@triton.jit
-def shrink_kernel(
-    x,  # [num_tokens, d_in]
-    partial,  # float32 [NUM_SPLITS, num_members, num_tokens, max_rows]: written
-    tiles,  # int32 [num_tiles, 3]: first token, number of tokens (0: none), mix
-    bounds,  # int32 [num_mixes, num_linears, 2]: a mix's rank rows for a linear
-    addresses,  # int64 [num_rows, 2]: of A's row, of B's column
-    scales,  # float32 [num_rows]
-    linear_0,
-    linear_1,
-    linear_2,
-    num_linears,
-    num_tokens,
-    max_rows,
-    d_in,
-    x_stride,
-    NUM_SPLITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-):
-    """partial[split, member, t, r] = scale_r * x[t, split's part] . A_r, for the rank rows r of t's mix."""
-    tile, member, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count, mix = (
-        tl.load(tiles + 3 * tile),
-        tl.load(tiles + 3 * tile + 1),
-        tl.load(tiles + 3 * tile + 2),
-    )
-    linear = tl.where(member == 0, linear_0, tl.where(member == 1, linear_1, linear_2))
-    begin = tl.load(bounds + (mix * num_linears + linear) * 2)
-    end = tl.load(bounds + (mix * num_linears + linear) * 2 + 1)
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    if (count > 0) & (end > begin):
-        offsets = tl.arange(0, BLOCK_TOKENS)
-        is_token = offsets < count
-        tokens = (first + offsets).to(tl.int64)
-        part = tl.cdiv(tl.cdiv(d_in, NUM_SPLITS), BLOCK_IN) * BLOCK_IN
-        part_end = tl.minimum((split + 1) * part, d_in)
-        lines = (split * tl.num_programs(1) + member) * num_tokens + tokens
-        for row in range(begin, end, BLOCK_ROWS):
-            rows = row + tl.arange(0, BLOCK_ROWS)
-            is_row = rows < end
-            a = tl.load(addresses + rows * 2, mask=is_row, other=0)
-            a_rows = a.to(tl.pointer_type(x.dtype.element_ty))
-            if ALIGNED:
-                a_rows = tl.multiple_of(a_rows, [16])
-            total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], dtype=tl.float32)
-            for start in range(split * part, part_end, BLOCK_IN):
-                columns = start + tl.arange(0, BLOCK_IN)
-                is_column = columns < d_in
-                x_part = tl.load(
-                    x + tokens[:, None] * x_stride + columns[None, :],
-                    mask=is_token[:, None] & is_column[None, :],
-                    other=0.0,
-                )
-                a_part = tl.load(
-                    a_rows[None, :] + columns[:, None], mask=is_row[None, :] & is_column[:, None], other=0.0
-                )
-                total = tl.dot(x_part, a_part, total, input_precision=PRECISION)
-            scale = tl.load(scales + rows, mask=is_row, other=0.0)
-            tl.store(
-                partial + lines[:, None] * max_rows + (rows - begin)[None, :],
-                total * scale[None, :],
-                mask=is_token[:, None] & is_row[None, :],
-            )
+@dataclass(frozen=True)
+class GroupStep:
+    """What one step adds to a group of linears: `shrink`, or a kernel that does it beside others, then `expand`.
 
+    linears: numbers of up to _MAX_GROUP members, the first again where there are fewer. shrunk, partial, counts and
+    the tables are as in lora_kernels_triton.shrink_tile.
+    """
 
-@triton.jit
-def expand_kernel(
-    y,  # [num_tokens, sum of d_out]: changed in place
-    partial,
-    tiles,
-    bounds,
-    addresses,
-    linear_0,
-    linear_1,
-    linear_2,
-    d_out_0,
-    d_out_1,
-    d_out_2,
-    num_linears,
-    num_tokens,
-    max_rows,
-    y_stride,
-    NUM_MEMBERS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-):
-    """y[t, member's columns] += sum over the rank rows r of t's mix of (sum over splits of partial) * B_r."""
-    block, tile = tl.program_id(0), tl.program_id(1)
-    member, linear, d_out, offset = 0, linear_0, d_out_0, 0
-    if NUM_MEMBERS > 1:
-        blocks_0, blocks_1 = tl.cdiv(d_out_0, BLOCK_OUT), tl.cdiv(d_out_1, BLOCK_OUT)
-        member = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
-        linear = tl.where(member == 0, linear_0, tl.where(member == 1, linear_1, linear_2))
-        d_out = tl.where(member == 0, d_out_0, tl.where(member == 1, d_out_1, d_out_2))
-        offset = tl.where(member == 0, 0, tl.where(member == 1, d_out_0, d_out_0 + d_out_1))
-        block -= tl.where(member == 0, 0, tl.where(member == 1, blocks_0, blocks_0 + blocks_1))
-    first, count, mix = (
-        tl.load(tiles + 3 * tile),
-        tl.load(tiles + 3 * tile + 1),
-        tl.load(tiles + 3 * tile + 2),
-    )
-    begin = tl.load(bounds + (mix * num_linears + linear) * 2)
-    end = tl.load(bounds + (mix * num_linears + linear) * 2 + 1)
-    columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_column = columns < d_out
-    # On their way before shrink has ended: of most adapters these are all.
-    b_part = _b_rows(
-        addresses, begin, tl.where(count > 0, end, begin), columns, is_column, y, ALIGNED, BLOCK_ROWS
-    )
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    if (count > 0) & (end > begin):
-        offsets = tl.arange(0, BLOCK_TOKENS)
-        is_token = offsets < count
-        tokens = (first + offsets).to(tl.int64)
-        total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], dtype=tl.float32)
-        row = begin
-        while row < end:
-            rows = row + tl.arange(0, BLOCK_ROWS)
-            is_row = rows < end
-            shrunk = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], dtype=tl.float32)
-            for split in range(NUM_SPLITS):
-                lines = (split * NUM_MEMBERS + member) * num_tokens + tokens
-                shrunk += tl.load(
-                    partial + lines[:, None] * max_rows + (rows - begin)[None, :],
-                    mask=is_token[:, None] & is_row[None, :],
-                    other=0.0,
-                )
-            if y.dtype.element_ty == tl.float32:
-                total = tl.dot(shrunk, b_part, total, input_precision=PRECISION)
-            else:
-                # In two pieces of 16 bits, so that tensor cores multiply what shrink summed in float32.
-                high = shrunk.to(y.dtype.element_ty)
-                low = (shrunk - high.to(tl.float32)).to(y.dtype.element_ty)
-                total = tl.dot(high, b_part, total)
-                total = tl.dot(low, b_part, total)
-            row += BLOCK_ROWS
-            b_part = _b_rows(addresses, row, end, columns, is_column, y, ALIGNED, BLOCK_ROWS)
-        place = y + tokens[:, None] * y_stride + (offset + columns)[None, :]
-        mask = is_token[:, None] & is_column[None, :]
-        before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(place, (before + total).to(y.dtype.element_ty), mask=mask)
+    x: torch.Tensor
+    shrunk: torch.Tensor
+    partial: torch.Tensor
+    counts: torch.Tensor
+    tiles: torch.Tensor
+    bounds: torch.Tensor
+    addresses: torch.Tensor
+    scales: torch.Tensor
+    linears: Sequence[int]
+    d_outs: Sequence[int]
+    num_tiles: int
+    num_splits: int
+    max_rows: int
+    is_aligned: bool
+    block_tokens: int
+    block_in: int
 
+    def shrink(self) -> None:
+        num_tokens, d_in = self.x.shape
+        shrink_kernel[(self.num_tiles, len(self.d_outs), self.num_splits)](
+            self.x, self.shrunk, self.partial, self.counts, self.tiles, self.bounds, self.addresses, self.scales,
+            *self.linears, self.bounds.shape[1], num_tokens, self.max_rows, d_in, self.x.stride(0),
+            NUM_SPLITS=self.num_splits, **self._settings(), BLOCK_IN=self.block_in, num_warps=4, num_stages=3,
+        )  # fmt: skip
 
-@triton.jit
-def _b_rows(addresses, row, end, columns, is_column, y, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """[BLOCK_ROWS, BLOCK_OUT]: columns of B, of the rank rows from `row` on; zeros from `end` on."""
-    rows = row + tl.arange(0, BLOCK_ROWS)
-    is_row = rows < end
-    b = tl.load(addresses + rows * 2 + 1, mask=is_row, other=0)
-    b_rows = b.to(tl.pointer_type(y.dtype.element_ty))
-    if ALIGNED:
-        b_rows = tl.multiple_of(b_rows, [16])
-    return tl.load(b_rows[:, None] + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
+    def expand(self, y: torch.Tensor) -> None:
+        """y: [num_tokens, sum of d_outs], changed in place."""
+        block_out = 128
+        if self.block_tokens == _SHORT_TILE and max(self.d_outs) >= 2048:
+            block_out = 512 if y.element_size() == 2 else 256
+        num_blocks = sum(-(-size // block_out) for size in self.d_outs)
+        sizes = [*self.d_outs, *[0] * (_MAX_GROUP - len(self.d_outs))]
+        expand_kernel[(num_blocks, self.num_tiles)](
+            y, self.shrunk, self.tiles, self.bounds, self.addresses, *self.linears, *sizes,
+            self.bounds.shape[1], len(self.x), self.max_rows, y.stride(0),
+            NUM_MEMBERS=len(self.d_outs), **self._settings(), BLOCK_OUT=block_out, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+    def _settings(self) -> dict[str, object]:
+        return {
+            "ALIGNED": self.is_aligned,
+            # Triton's own choice for float32 would be tf32.
+            "PRECISION": "ieee",
+            **launch_options(self.x.device),
+            "BLOCK_TOKENS": self.block_tokens,
+            "BLOCK_ROWS": BLOCK_ROWS,
+        }
 
 
 @dataclass(frozen=True)
@@ -220,10 +108,11 @@ class TritonLoraStep(LoraStep):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.generation = 0
+        self._counts = Counts(device)
         self._linears: dict[str, int] = {}
         self._mixes: dict[int, _MixRows] = {}
         self._num_rows = 0
-        self._max_rows = 4 * _BLOCK_ROWS  # of one mix in one linear; a stride, so it may be too large
+        self._max_rows = 4 * BLOCK_ROWS  # of one mix in one linear; a stride, so it may be too large
         self._bounds = torch.zeros(64, 256, 2, dtype=torch.int32, device=device)
         self._addresses = torch.zeros(1 << 16, 2, dtype=torch.long, device=device)
         self._scales = torch.zeros(1 << 16, device=device)
@@ -273,45 +162,43 @@ class TritonLoraStep(LoraStep):
         self, paths: Sequence[str], d_outs: Sequence[int], y: torch.Tensor, x: torch.Tensor
     ) -> None:
         """The same for up to three linears of one input, whose outputs lie side by side in y's columns."""
+        group = self.group(paths, d_outs, x)
+        if group is not None:
+            if y.dtype != x.dtype:
+                raise RuntimeError(f"x is {x.dtype} and y is {y.dtype}; adapters are added in one type")
+            group.shrink()
+            group.expand(y)
+
+    def group(self, paths: Sequence[str], d_outs: Sequence[int], x: torch.Tensor) -> GroupStep | None:
+        """What the step adds to these linears, nothing of it launched; None if no mix of the step touches them."""
         linears = [self._number(path) for path in paths]
         if self._touched is not None and self._touched.isdisjoint(linears):
-            return
-        if y.dtype != x.dtype:
-            raise RuntimeError(f"x is {x.dtype} and y is {y.dtype}; adapters are added in one type")
+            return None
         num_tokens, d_in = x.shape
-        num_members, num_tiles = len(linears), self._num_tiles
+        num_members = len(linears)
         x = x if x.stride(-1) == 1 else x.contiguous()
-        block_in = 128 if x.dtype == torch.float32 else 256
-        num_splits = max(min(-(-d_in // block_in), _MAX_PROGRAMS // (num_tiles * num_members)), 1)
+        num_splits = min(triton.next_power_of_2(-(-d_in // _SPLIT_COLUMNS)), _MAX_SPLITS)
+        size = num_members * num_tokens * self._max_rows
+        sums = torch.empty((1 + (num_splits if num_splits > 1 else 0)) * size, device=x.device)
         per_16_bytes = 16 // x.element_size()
-        aligned = all(size % per_16_bytes == 0 for size in (d_in, *d_outs))
-        block_out = 256 if max(d_outs) >= 4096 and self._block_tokens == _SHORT_TILE else 128
-        padded = [*linears, *linears[:1] * (_MAX_GROUP - num_members)]
-        sizes = [*d_outs, *[0] * (_MAX_GROUP - num_members)]
-        partial = torch.empty(
-            num_splits * num_members * num_tokens * self._max_rows, dtype=torch.float32, device=x.device
+        return GroupStep(
+            x=x,
+            shrunk=sums[:size],
+            partial=sums[size:],
+            counts=self._counts.zeros,
+            tiles=self._tiles,
+            bounds=self._bounds,
+            addresses=self._addresses,
+            scales=self._scales,
+            linears=[*linears, *linears[:1] * (_MAX_GROUP - num_members)],
+            d_outs=d_outs,
+            num_tiles=self._num_tiles,
+            num_splits=num_splits,
+            max_rows=self._max_rows,
+            is_aligned=all(size % per_16_bytes == 0 for size in (d_in, *d_outs)),
+            block_tokens=self._block_tokens,
+            block_in=128 if x.dtype == torch.float32 else 256,
         )
-        settings = {
-            "NUM_SPLITS": num_splits,
-            "ALIGNED": aligned,
-            # Triton's own choice for float32 would be tf32.
-            "PRECISION": "ieee",
-            **launch_options(x.device),
-            "BLOCK_TOKENS": self._block_tokens,
-            "BLOCK_ROWS": _BLOCK_ROWS,
-        }
-        num_linears = self._bounds.shape[1]
-        shrink_kernel[(num_tiles, num_members, num_splits)](
-            x, partial, self._tiles, self._bounds, self._addresses, self._scales, *padded,
-            num_linears, num_tokens, self._max_rows, d_in, x.stride(0),
-            **settings, BLOCK_IN=block_in, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        num_blocks = sum(-(-size // block_out) for size in d_outs)
-        expand_kernel[(num_blocks, num_tiles)](
-            y, partial, self._tiles, self._bounds, self._addresses, *padded, *sizes,
-            num_linears, num_tokens, self._max_rows, y.stride(0),
-            **settings, NUM_MEMBERS=num_members, BLOCK_OUT=block_out, num_warps=4, num_stages=2,
-        )  # fmt: skip
 
     def _number(self, path: str) -> int:
         """Linears are numbered as they are met. Only a linear that some mix has or some forward called is one."""

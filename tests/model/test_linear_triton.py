@@ -5,7 +5,8 @@ import torch
 
 from tests.triton_kernels import DEVICE
 
-from adapterd.model.linear_triton import FewTokensLinear, Tiling  # isort: skip  (needs the interpreter's setting)
+from adapterd.model.launch_triton import Counts  # isort: skip  (needs the interpreter's setting)
+from adapterd.model.linear_triton import Tiling, few_tokens_linear, tiling_of  # isort: skip
 
 TILINGS = [Tiling(16, 32, 1), Tiling(32, 32, 2), Tiling(64, 16, 4), Tiling(16, 128, 1)]
 
@@ -25,10 +26,35 @@ def test_is_the_product(
     expected = x.double() @ weight.double().T
     expected += bias.double() if bias is not None else 0
     expected += before.double() if adds else 0
-    product = FewTokensLinear(DEVICE, chained=False)
-    where = [None if t is None else t.to(DEVICE) for t in (x, weight, bias)]
+    counts = Counts(DEVICE)
+    where = None if bias is None else bias.to(DEVICE)
     for _ in range(2):  # the second finds the counts as the first did
         y = before.to(DEVICE, copy=True) if adds else torch.full_like(before, float("nan"), device=DEVICE)
-        product(where[0], where[1], where[2], y, tiling, adds=adds)  # type: ignore[arg-type]
+        few_tokens_linear(x.to(DEVICE), weight.to(DEVICE), y, tiling, counts, adds=adds, bias=where)
         rtol = 1e-5 if dtype == torch.float32 else 2.0**-7
         torch.testing.assert_close(y.cpu().double(), expected, atol=1e-4 if rtol < 1e-4 else 1e-1, rtol=rtol)
+        assert not counts.zeros.any()
+
+
+@pytest.mark.parametrize("tiling", [Tiling(16, 32, 1), Tiling(16, 32, 2)], ids=str)
+def test_is_the_product_of_whole_numbers_and_scales(tiling: Tiling) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    values, scales = torch.randint(-127, 128, (40, 64), dtype=torch.int8), torch.rand(40)
+    expected = x.double() @ values.double().T * scales.double()
+    y = torch.empty(3, 40, device=DEVICE)
+    few_tokens_linear(x.to(DEVICE), values.to(DEVICE), y, tiling, Counts(DEVICE), scales=scales.to(DEVICE))
+    torch.testing.assert_close(y.cpu().double(), expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 64])
+@pytest.mark.parametrize(("d_out", "d_in"), [(6144, 4096), (4096, 14336), (128256, 4096), (50, 48)])
+def test_tilings_fill_d_in(d_out: int, d_in: int, num_tokens: int) -> None:
+    tiling = tiling_of(d_out, d_in, num_tokens, DEVICE)
+    assert tiling is not None
+    assert d_in % (tiling.block_in * tiling.num_splits) == 0
+
+
+def test_many_tokens_and_odd_widths_are_the_librarys() -> None:
+    assert tiling_of(4096, 4096, 65, DEVICE) is None
+    assert tiling_of(4096, 100, 1, DEVICE) is None
