@@ -2,7 +2,7 @@
 
 The same as attention.paged_attention_reference, for decoding and for chunks of prompts: one kernel works on a tile,
 some tokens of one sequence times the query heads that share a key head. Where tiles are few, as in decoding, their
-contexts are split among programs and a second kernel joins the parts.
+contexts are split among programs, and the last of them to be done joins the parts.
 
 Source: FlashAttention-2, arXiv 2307.08691 (running softmax), and Flash-Decoding (splits over the context); differs:
 pages of KV_BLOCK_SIZE tokens, softcap, sinks, and values of another width than keys.
@@ -17,12 +17,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
-from adapterd.model.launch_triton import launch_options
+from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
 
 _PROGRAMS_PER_PROCESSOR = 2
 """A decode is split over its contexts until about so many run."""
 
-_MAX_SPLITS = 32
+_MAX_SPLITS = 16
 CHUNK_TOKENS = 64
 
 
@@ -68,9 +68,10 @@ def attend_kernel(
     query,  # [num_tokens, num_heads, KEY_DIM]
     keys,  # [num_slots, num_kv_heads, KEY_DIM]
     values,  # [num_slots, num_kv_heads, VALUE_DIM]
-    out,  # [num_tokens, num_heads, VALUE_DIM]: written if NUM_SPLITS is 1
-    sums,  # float32 [num_tiles, num_heads, NUM_SPLITS, VALUE_DIM]: written otherwise, weights not yet divided
+    out,  # [num_tokens, num_heads, VALUE_DIM]: written
+    sums,  # float32 [num_tiles, num_heads, NUM_SPLITS, VALUE_DIM]: written if there are splits, not yet divided
     peaks,  # float32 [num_tiles, num_heads, NUM_SPLITS, 2]: likewise, greatest score and sum of weights
+    counts,  # int32 [num_tiles * num_kv_heads]: zeros, before and after
     sinks,  # [num_heads]
     tiles,  # int32 [num_tiles, 4]: place of its table, first token, number of tokens (0: none), first position
     block_tables,  # int32: the sequences' blocks, one table after another
@@ -166,7 +167,45 @@ def attend_kernel(
         total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
         peak = new_peak
 
-    if NUM_SPLITS == 1:
+    is_last = True
+    if NUM_SPLITS > 1:
+        # One token a tile: the first of its rows.
+        is_row = (within == 0) & (in_group < GROUP)
+        places = (tile * num_heads + heads).to(tl.int64) * NUM_SPLITS
+        is_sum = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
+        tl.store(sums + (places + split)[:, None] * VALUE_DIM + value_columns[None, :], total, mask=is_sum)
+        tl.store(peaks + (places + split) * 2, peak, mask=is_row)
+        tl.store(peaks + (places + split) * 2 + 1, weight_sum, mask=is_row)
+        tl.debug_barrier()
+        count_place = counts + tile * num_kv_heads + kv_head
+        is_last = tl.atomic_add(count_place, 1, sem="acq_rel") == NUM_SPLITS - 1
+        if is_last:
+            # Each part brought to the greatest score of all.
+            peak = tl.full([BLOCK_TOKENS * BLOCK_GROUP], float("-inf"), dtype=tl.float32)
+            for other in tl.static_range(NUM_SPLITS):
+                found = tl.load(
+                    peaks + (places + other) * 2, mask=is_row, other=float("-inf"), cache_modifier=".cg"
+                )
+                peak = tl.maximum(peak, found)
+            peak = tl.where(is_row & (within < count), peak, 0.0)
+            weight_sum = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP], dtype=tl.float32)
+            total = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP, BLOCK_VALUE], dtype=tl.float32)
+            for other in tl.static_range(NUM_SPLITS):
+                place = places + other
+                found = tl.load(peaks + place * 2, mask=is_row, other=float("-inf"), cache_modifier=".cg")
+                fade = tl.exp(found - peak)
+                part_sum = tl.load(peaks + place * 2 + 1, mask=is_row, other=0.0, cache_modifier=".cg")
+                weight_sum += part_sum * fade
+                part_total = tl.load(
+                    sums + place[:, None] * VALUE_DIM + value_columns[None, :],
+                    mask=is_sum,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                total += part_total * fade[:, None]
+            tl.store(count_place, 0)
+            is_row = is_row & (within < count)
+    if is_last:
         if HAS_SINKS:
             sink = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32)
             new_peak = tl.maximum(peak, sink)
@@ -178,64 +217,6 @@ def attend_kernel(
             out + (tokens * num_heads + heads)[:, None] * VALUE_DIM + value_columns[None, :],
             result.to(out.dtype.element_ty),
             mask=is_row[:, None] & (value_columns < VALUE_DIM)[None, :],
-        )
-    else:
-        # One token a tile: the first of its rows.
-        place = (tile * num_heads + heads).to(tl.int64) * NUM_SPLITS + split
-        is_row = (within == 0) & (in_group < GROUP)
-        tl.store(
-            sums + place[:, None] * VALUE_DIM + value_columns[None, :],
-            total,
-            mask=is_row[:, None] & (value_columns < VALUE_DIM)[None, :],
-        )
-        tl.store(peaks + place * 2, peak, mask=is_row)
-        tl.store(peaks + place * 2 + 1, weight_sum, mask=is_row)
-
-
-@triton.jit
-def join_kernel(
-    out,
-    sums,
-    peaks,
-    sinks,
-    tiles,
-    num_heads,
-    VALUE_DIM: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    CHAINED: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-):
-    """The parts of one tile's token and one head, each brought to the greatest score of all, then divided."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    first, count = tl.load(tiles + 4 * tile + 1), tl.load(tiles + 4 * tile + 2)
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    if count > 0:
-        splits = tl.arange(0, NUM_SPLITS)
-        columns = tl.arange(0, BLOCK_VALUE)
-        place = (tile * num_heads + head).to(tl.int64) * NUM_SPLITS + splits
-        peak = tl.load(peaks + place * 2)
-        weight_sum = tl.load(peaks + place * 2 + 1)
-        greatest = tl.max(peak, 0)
-        if HAS_SINKS:
-            sink = tl.load(sinks + head).to(tl.float32)
-            greatest = tl.maximum(greatest, sink)
-        fade = tl.exp(peak - greatest)
-        divisor = tl.sum(weight_sum * fade, 0)
-        if HAS_SINKS:
-            divisor += tl.exp(sink - greatest)
-        parts = tl.load(
-            sums + place[:, None] * VALUE_DIM + columns[None, :],
-            mask=(columns < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        result = tl.sum(parts * fade[:, None], 0) / divisor
-        tl.store(
-            out + (first.to(tl.int64) * num_heads + head) * VALUE_DIM + columns,
-            result.to(out.dtype.element_ty),
-            mask=columns < VALUE_DIM,
         )
 
 
@@ -326,7 +307,8 @@ def triton_paged_attention(
         peaks = torch.empty(parts * 2, dtype=torch.float32, device=query.device) if is_split else out
         block_value = max(triton.next_power_of_2(value_dim), 16)
         attend_kernel[(tiles.shape[0] * programs_per_tile, num_kv_heads, num_splits)](
-            query, keys, values, out, sums, peaks, query if sinks is None else sinks, tiles, plan.block_tables,
+            query, keys, values, out, sums, peaks, zero_counts(query.device),
+            query if sinks is None else sinks, tiles, plan.block_tables,
             query.stride(0), query.stride(1),
             scale, sliding_window or 0, softcap or 1.0, num_kv_heads,
             GROUP=group, KEY_DIM=key_dim, VALUE_DIM=value_dim, HAS_WINDOW=sliding_window is not None,
@@ -336,29 +318,19 @@ def triton_paged_attention(
             BLOCK_KEY=max(triton.next_power_of_2(key_dim), 16), BLOCK_VALUE=block_value,
             **options, num_warps=4, num_stages=2,
         )  # fmt: skip
-        if is_split:
-            join_kernel[(tiles.shape[0], num_heads)](
-                out, sums, peaks, query if sinks is None else sinks, tiles, num_heads,
-                VALUE_DIM=value_dim, HAS_SINKS=sinks is not None, NUM_SPLITS=num_splits,
-                BLOCK_VALUE=block_value, **options, num_warps=2,
-            )  # fmt: skip
 
     if len(plan.singles):
         # Tensor cores take sixteen rows at least.
         programs = len(plan.singles) * num_kv_heads
-        num_splits = triton.next_power_of_2(max(_num_programs(query.device) // programs, 1))
+        num_splits = triton.next_power_of_2(
+            max(_PROGRAMS_PER_PROCESSOR * num_processors(query.device) // programs, 1)
+        )
         num_splits = min(num_splits, _MAX_SPLITS)
         launch(plan.singles, 1, 1, max(block_group, 16), num_splits)
     if len(plan.chunks):
         block_tokens = max(chunk_rows // block_group, 1)
         launch(plan.chunks, CHUNK_TOKENS // block_tokens, block_tokens, block_group, 1)
     return out
-
-
-def _num_programs(device: torch.device) -> int:
-    if device.type == "cuda":
-        return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    return 8  # the interpreter runs one at a time
 
 
 def write_kv(

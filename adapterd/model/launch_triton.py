@@ -28,11 +28,10 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
-class Counts:
+@cache
+def zero_counts(device: torch.device) -> torch.Tensor:
     """int32 zeros with which programs of a kernel find out who comes last; each kernel leaves zeros behind.
 
-    Made once for all kernels of a model, which run one after the other on one stream.
+    One piece of memory for all kernels of a device, which run one after the other on the engine's stream.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.zeros = torch.zeros(_NUM_COUNTS, dtype=torch.int32, device=device)
+    return torch.zeros(_NUM_COUNTS, dtype=torch.int32, device=device)

@@ -12,7 +12,6 @@ from torch import nn
 from adapterd.model.attention_triton import TritonContext, triton_context, triton_paged_attention
 from adapterd.model.int8 import Int8Linear
 from adapterd.model.kv import KVShape
-from adapterd.model.launch_triton import Counts
 from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
 from adapterd.model.linear_triton import few_tokens_linear, tiling_of
 from adapterd.model.lora import LoraStep
@@ -26,12 +25,11 @@ class Projection:
     The members keep their parameters, which become views of the common ones: nothing is held twice.
     """
 
-    def __init__(self, members: Mapping[str, nn.Linear], step: TritonLoraStep, counts: Counts) -> None:
+    def __init__(self, members: Mapping[str, nn.Linear], step: TritonLoraStep) -> None:
         self.paths = tuple(members)
         linears = tuple(members.values())
         self.d_outs = tuple(linear.out_features for linear in linears)
         self._step = step
-        self._counts = counts
         self._int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
         self.bias = _joined(linears, "bias")
         self.weight = _joined(linears, "values" if self._int8 else "weight")
@@ -54,7 +52,7 @@ class Projection:
         tiling = tiling_of(d_out, d_in, len(x), x.device)
         if tiling is not None:
             few_tokens_linear(
-                x, self.weight, y, tiling, self._counts,
+                x, self.weight, y, tiling,
                 adds=adds, bias=self.bias, scales=self.scales, group=group,
             )  # fmt: skip
         else:
@@ -110,13 +108,12 @@ class TritonLayer(FusedLayer):
         linears: Sequence[nn.Linear],
         own: Callable[..., torch.Tensor],
         step: TritonLoraStep,
-        counts: Counts,
     ) -> None:
         super().__init__(parts.path, own, step)
         named = {f"{parts.path}.{name}": linear for name, linear in zip(LINEARS, linears, strict=True)}
         paths = list(named)
         self._qkv, self._o, self._gate_up, self._down = (
-            Projection({path: named[path] for path in members}, step, counts)
+            Projection({path: named[path] for path in members}, step)
             for members in (paths[:3], paths[3:4], paths[4:6], paths[6:])
         )
         self._norm, self._mlp_norm, *head_norms = parts.norms
@@ -141,7 +138,14 @@ class TritonLayer(FusedLayer):
 
         x = triton_rms_norm(hidden, self._norm.weight, self._norm.eps, self._norm.offset)
         query = turn_and_write(
-            self._qkv(x), cos[0], sin[0], self._heads, paged.pool, attention.layer, plan.slot_mapping
+            self._qkv(x),
+            cos[0],
+            sin[0],
+            self._heads,
+            paged.pool,
+            attention.layer,
+            plan.slot_mapping,
+            ahead=self._o.weight,
         )
         attended = triton_paged_attention(
             query,
@@ -166,7 +170,6 @@ def fuse_triton(
 ) -> None:
     """As kernels.Fuse: every layer of the Llama kind gets its fused forward."""
     assert isinstance(step, TritonLoraStep)
-    counts = Counts(next(model.parameters()).device)
 
     def make(parts: LayerParts, layer: nn.Module) -> TritonLayer | None:
         linears = [
@@ -179,7 +182,7 @@ def fuse_triton(
         groups = [linears[:3], linears[3:4], linears[4:6], linears[6:]]
         if not all(_is_alike(group) for group in groups):
             return None
-        return TritonLayer(parts, linears, layer.forward, step, counts)
+        return TritonLayer(parts, linears, layer.forward, step)
 
     use_fused_layers(model, shapes, triton_context, make)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from adapterd.model.launch_triton import Counts, launch_options, num_processors
+from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
 from adapterd.model.lora_kernels_triton import shrink_tile
 from adapterd.model.lora_triton import BLOCK_ROWS, GroupStep
 
@@ -165,7 +165,6 @@ def few_tokens_linear(
     weight: torch.Tensor,
     y: torch.Tensor,
     tiling: Tiling,
-    counts: Counts,
     *,
     adds: bool = False,
     bias: torch.Tensor | None = None,
@@ -182,9 +181,10 @@ def few_tokens_linear(
     num_blocks = triton.cdiv(d_out, tiling.block_out)
     block_tokens = max(triton.next_power_of_2(num_tokens), 16)
     assert d_in % (tiling.block_in * tiling.num_splits) == 0
-    half = len(counts.zeros) // 2
+    counts = zero_counts(x.device)
+    half = len(counts) // 2
     assert num_blocks <= half
-    partial = counts.zeros
+    partial = counts
     if tiling.num_splits > 1:
         size = tiling.num_splits * num_blocks * tiling.block_out * block_tokens
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
@@ -195,11 +195,11 @@ def few_tokens_linear(
         members = len(group.d_outs)
         num_programs += group.num_tiles * members * group.num_splits
         shrink = [
-            group.shrunk, group.partial, counts.zeros[half:], group.tiles, group.bounds, group.addresses, group.scales,
+            group.shrunk, group.partial, counts[half:], group.tiles, group.bounds, group.addresses, group.scales,
             *group.linears, group.num_tiles, group.bounds.shape[1], group.max_rows,
         ]  # fmt: skip
     few_tokens_linear_kernel[(num_programs,)](
-        x, weight, weight if scales is None else scales, weight if bias is None else bias, y, partial, counts.zeros,
+        x, weight, weight if scales is None else scales, weight if bias is None else bias, y, partial, counts,
         num_tokens, d_out, d_in, d_in // tiling.num_splits, num_blocks, x.stride(0), y.stride(0), *shrink,
         IS_INT8=scales is not None, HAS_BIAS=bias is not None, ADDS=adds,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **launch_options(x.device),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from adapterd.model.launch_triton import Counts, launch_options
+from adapterd.model.launch_triton import launch_options, zero_counts
 from adapterd.model.lora import LoraStep, Products, Segment
 from adapterd.model.lora_kernels_triton import expand_kernel, shrink_kernel
 
@@ -62,7 +62,8 @@ class GroupStep:
         shrink_kernel[(self.num_tiles, len(self.d_outs), self.num_splits)](
             self.x, self.shrunk, self.partial, self.counts, self.tiles, self.bounds, self.addresses, self.scales,
             *self.linears, self.bounds.shape[1], num_tokens, self.max_rows, d_in, self.x.stride(0),
-            NUM_SPLITS=self.num_splits, **self._settings(), BLOCK_IN=self.block_in, num_warps=4, num_stages=3,
+            NUM_SPLITS=self.num_splits, **self._settings(), BLOCK_IN=self.block_in,
+            num_warps=4 if self.block_tokens == _SHORT_TILE else 8, num_stages=3,
         )  # fmt: skip
 
     def expand(self, y: torch.Tensor) -> None:
@@ -75,7 +76,8 @@ class GroupStep:
         expand_kernel[(num_blocks, self.num_tiles)](
             y, self.shrunk, self.tiles, self.bounds, self.addresses, *self.linears, *sizes,
             self.bounds.shape[1], len(self.x), self.max_rows, y.stride(0),
-            NUM_MEMBERS=len(self.d_outs), **self._settings(), BLOCK_OUT=block_out, num_warps=4, num_stages=2,
+            NUM_MEMBERS=len(self.d_outs), **self._settings(), BLOCK_OUT=block_out,
+            num_warps=8 if self.block_tokens * block_out >= 8192 else 4, num_stages=2,
         )  # fmt: skip
 
     def _settings(self) -> dict[str, object]:
@@ -108,7 +110,6 @@ class TritonLoraStep(LoraStep):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.generation = 0
-        self._counts = Counts(device)
         self._linears: dict[str, int] = {}
         self._mixes: dict[int, _MixRows] = {}
         self._num_rows = 0
@@ -185,7 +186,7 @@ class TritonLoraStep(LoraStep):
             x=x,
             shrunk=sums[:size],
             partial=sums[size:],
-            counts=self._counts.zeros,
+            counts=zero_counts(x.device),
             tiles=self._tiles,
             bounds=self._bounds,
             addresses=self._addresses,
