@@ -30,8 +30,7 @@ SUITE = "bookworm"
 PACKAGES = "python3,python3-venv,ca-certificates"
 BASE = "localhost/adapterd-base:test"
 IMAGE = "localhost/adapterd:test"
-HOST_VOLUMES = ("/opt/wheels", "/opt/pypi", "/etc/ssl/certs", "/etc/xdg/pip")
-"""What a site's pip settings may point to; only those that are there are mounted."""
+CERTIFICATES = "/etc/ssl/certs"
 
 
 def run(*command: str, **options: Any) -> str:
@@ -55,13 +54,28 @@ def base_image() -> str:
     return BASE
 
 
-def pip_settings() -> str:
-    """This host's pip settings as one file, without what names a file that the build will not have."""
+def pip_sources() -> dict[str, str]:
+    """Where this host's pip looks for packages, by the name of the setting."""
     listed = run(sys.executable, "-m", "pip", "config", "list").splitlines()
-    wanted = ("extra-index-url", "find-links", "index-url", "trusted-host")
     pairs = (line.partition("=") for line in listed)
-    kept = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
-    return "[global]\n" + "".join(f"{key} = {kept[key]}\n" for key in wanted if key in kept)
+    settings = {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in pairs}
+    wanted = ("extra-index-url", "find-links", "index-url", "trusted-host")
+    return {key: settings[key] for key in wanted if key in settings}
+
+
+def pip_settings() -> str:
+    """The same as one file, without what names a file that the build will not have."""
+    return "[global]\n" + "".join(f"{key} = {value}\n" for key, value in pip_sources().items())
+
+
+def host_volumes() -> list[str]:
+    """Folders of this host that the build reads: pip's own, and the certificates of this host's network."""
+    sources = pip_sources()
+    indexes = " ".join(sources.get(key, "") for key in ("index-url", "extra-index-url")).split()
+    # A local index links to files that lie beside it.
+    places = [Path(index.removeprefix("file://")).parent for index in indexes if index.startswith("file://")]
+    places += [Path(link) for link in sources.get("find-links", "").split()]
+    return [str(place) for place in (*places, Path(CERTIFICATES)) if place.is_absolute() and place.exists()]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +84,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     CACHE.mkdir(parents=True, exist_ok=True)
     secret = tmp_path_factory.mktemp("pip") / "pip.conf"
     secret.write_text(pip_settings())
-    volumes = [
-        flag for path in HOST_VOLUMES if Path(path).exists() for flag in ("--volume", f"{path}:{path}:ro")
-    ]
+    volumes = [flag for path in host_volumes() for flag in ("--volume", f"{path}:{path}:ro")]
     command = ["buildah", "build", "--isolation", "chroot", "--network", "host", "--layers", *volumes]
     command += ["--secret", f"id=pip-config,src={secret}", "--tag", IMAGE, "--file", "deploy/Dockerfile"]
     command += ["--build-arg", f"BASE_IMAGE={base_image()}", "--build-arg", "TORCH_INDEX_URL="]
@@ -183,7 +195,7 @@ def test_it_serves_the_embedded_base_and_an_adapter(image: str, root: Path) -> N
 
 
 def test_it_trains_with_the_same_image(image: str, root: Path) -> None:
-    settings = ["--out=/tmp/trained", "--max-epochs=0.05"]
+    settings = ["--out=/tmp/trained", "--epochs=0.05"]
     recipe = "/opt/adapterd/share/adapters/moderation/recipe.toml"
     done = subprocess.run(
         inside(root, image, "adapterd", "train", recipe, *settings),
