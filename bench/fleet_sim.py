@@ -114,6 +114,7 @@ class Fleet:
         self._signals = [pod.signals() for pod in self.pods]
         self._events: list[tuple[float, int, str, Any]] = []
         self._numbers = itertools.count()
+        self._num_active = [0] * num_pods
         self._turn = 0
 
     def run(self) -> dict[str, Any]:
@@ -152,7 +153,10 @@ class Fleet:
             request.pod = self._turn % len(self.pods)
             self._turn += 1
         else:
-            request.pod = choose(str(request.adapter), self._signals, self.weights, self._draw)
+            request.pod = choose(
+                str(request.adapter), self._signals, self._num_active, self.weights, self._draw
+            )
+        self._num_active[request.pod] += 1
         pod = self.pods[request.pod]
         pod.advance(now)
         request.was_resident = request.adapter in pod.device
@@ -231,6 +235,7 @@ class Fleet:
             if is_last:
                 pod.num_running -= 1
                 pod.device[request.adapter] -= 1
+                self._num_active[index] -= 1
                 num_ended += 1
             else:
                 request.first_token = now
