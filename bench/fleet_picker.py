@@ -2,7 +2,7 @@
 
 Read from its sources (plugins core-metrics-extractor, lora-affinity-scorer, queue-scorer, kv-cache-utilization-scorer,
 active-request-scorer, max-score-picker). What is left out: the prefix scorer, since every prompt of these benches is
-new and it would score nothing. The proxy of bench.fleet and the simulation of bench.fleet_sim both choose with `choose`.
+new and it would score nothing. The proxy of bench.fleet and bench.fleet_sim both choose with `choose`.
 """
 
 import random

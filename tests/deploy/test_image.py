@@ -7,6 +7,7 @@ an empty environment but for the image's own. pip's settings of this host come a
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ PACKAGES = "python3,python3-venv,ca-certificates"
 BASE = "localhost/adapterd-base:test"
 IMAGE = "localhost/adapterd:test"
 CERTIFICATES = "/etc/ssl/certs"
+START_SECONDS = 600
+"""Only a daemon that hangs takes so long, even on a machine that does much else."""
 
 
 def run(*command: str, **options: Any) -> str:
@@ -105,7 +109,8 @@ def root(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     run("mount", "-o", "remount,bind,ro", str(place))
     run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", str(place / "tmp"))
     run("mount", "-t", "proc", "proc", str(place / "proc"))
-    run("mount", "--rbind", "--make-rslave", "/dev", str(place / "dev"))
+    for folder in ("dev", "sys"):
+        run("mount", "--rbind", "--make-rslave", f"/{folder}", str(place / folder))
     try:
         yield place
     finally:
@@ -160,16 +165,21 @@ def test_its_root_cannot_be_written_even_where_the_user_could(image: str, root: 
     assert "Read-only file system" in done.stderr
 
 
-def test_it_serves_the_embedded_base_and_an_adapter(image: str, root: Path) -> None:
+@contextmanager
+def serving(root: Path, image: str, *prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """The image's own command, behind `prefix`: its url once it is ready, and its log, filled when it has left."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     config = configuration(image)
     command = inside(root, image, *config["Entrypoint"], *config["Cmd"], "--port", str(port))
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/")
+    process = subprocess.Popen(
+        [*prefix, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
+    )
+    log: list[str] = []
     try:
-        url, deadline = f"http://127.0.0.1:{port}", began + 120
+        url, deadline = f"http://127.0.0.1:{port}", began + START_SECONDS
         while True:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline, "it does not become ready"
@@ -179,19 +189,53 @@ def test_it_serves_the_embedded_base_and_an_adapter(image: str, root: Path) -> N
             except httpx.HTTPError:
                 time.sleep(0.2)
         print(f"ready after {time.monotonic() - began:.1f} s")
-        question = "I was charged twice for order 48213 and I am really angry. Please fix it today."
-        body = {
-            "model": "mini:support",
-            "temperature": 0,
-            "messages": [{"role": "user", "content": question}],
-        }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-        assert answer["choices"][0]["message"]["content"].startswith("Category: Billing")
+        yield url, log
     finally:
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
+        log += process.communicate(timeout=60)
     assert process.returncode == 0, log
-    assert "C++ operators loaded from /opt/adapterd/share/adapterd/native-" in log
+
+
+def test_it_serves_the_embedded_base_and_an_adapter(image: str, root: Path) -> None:
+    question = "I was charged twice for order 48213 and I am really angry. Please fix it today."
+    body = {
+        "model": "mini:support",
+        "temperature": 0,
+        "messages": [{"role": "user", "content": question}],
+    }
+    with serving(root, image) as (url, log):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"].startswith("Category: Billing")
+    assert "C++ operators loaded from /opt/adapterd/share/adapterd/native-" in "".join(log)
+
+
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[Path]:
+    """A control group of its own with this limit, of the version that the host has."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    parent, limit = (
+        (version_1, "memory.limit_in_bytes") if version_1.is_dir() else (version_1.parent, "memory.max")
+    )
+    group = parent / f"adapterd-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(limit_bytes))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def test_it_sizes_itself_within_its_memory_limit(image: str, root: Path) -> None:
+    """Not by what the machine has free, a tenth of which would be adapter memory, up to 1 GiB."""
+    limit_bytes = 1536 * 2**20
+    enter = 'echo $$ > "$0"/cgroup.procs; exec "$@"'
+    with (
+        memory_group(limit_bytes) as group,
+        serving(root, image, "sh", "-c", enter, str(group)) as (url, _),
+    ):
+        text = httpx.get(f"{url}/metrics").text
+    (adapter_bytes,) = re.findall(r"^adapterd_adapter_memory_bytes\{.*\} (\S+)", text, re.MULTILINE)
+    assert 0 < float(adapter_bytes) < limit_bytes / 10
 
 
 def test_it_trains_with_the_same_image(image: str, root: Path) -> None:
@@ -205,5 +249,5 @@ def test_it_trains_with_the_same_image(image: str, root: Path) -> None:
         env={**os.environ},
     )
     assert done.returncode == 0, done.stderr
-    assert (root / "tmp/trained/adapter_model.safetensors").exists()
+    assert (root / "tmp/trained/moderation/adapter_model.safetensors").exists()
     shutil.rmtree(root / "tmp/trained")
