@@ -154,6 +154,12 @@ def test_there_is_no_compiler_and_no_installer_in_it(root: Path) -> None:
         assert not [p for p in ("usr/bin", "opt/adapterd/bin") if (root / p / name).exists()], name
 
 
+def test_it_reads_object_stores(image: str, root: Path) -> None:
+    """What adapters-sync pulls from needs packages that a plain installation leaves out."""
+    command = inside(root, image, "python3", "-c", "import s3fs, gcsfs")
+    assert subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr == b""
+
+
 def test_its_root_cannot_be_written_even_where_the_user_could(image: str, root: Path) -> None:
     done = subprocess.run(
         inside(root, image, "python3", "-c", "import os; print(os.getuid()); open('/opt/x', 'w')"),
