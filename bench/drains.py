@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _MODELS = ("mini", "mini:support", "mini:moderation", "mini:medical")
 _NUM_DAEMONS = 3
 _DRAIN_DELAY_SECONDS = 2.0
-_START_SECONDS = 120.0
+_START_SECONDS = 600.0
+"""Only a daemon that hangs takes so long, even on a machine that does much else; one that fails is noticed at once."""
 
 _HAPROXY = """
 defaults
