@@ -30,16 +30,19 @@ class Signals:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the scorers in a scheduling profile."""
+    """Of the scorers in a scheduling profile; the defaults are those of deploy/components/inference-pool."""
 
     lora_affinity: float = 4
-    queue: float = 2
+    queue: float = 0
     kv_cache: float = 2
-    active_requests: float = 0
+    active_requests: float = 4
 
 
-NO_LORA_SCORER = Weights(lora_affinity=0)
+NO_LORA_SCORER = Weights(0, 2, 2, 0)
 """llm-d's default profile, as far as these prompts go."""
+
+KSERVE = Weights(4, 2, 2, 0)
+"""What KServe injects: adapters are scored, and load by scraped queues."""
 
 
 def read_signals(exposition: str) -> Signals:

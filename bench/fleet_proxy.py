@@ -132,7 +132,9 @@ def weights_of(policy: str) -> Weights | None:
     if name == "round-robin" and not numbers:
         return None
     if name == "affinity":
-        return Weights(*map(float, numbers.split(","))) if numbers else Weights()
+        given = [float(number) for number in numbers.split(",")] if numbers else []
+        if len(given) in (0, 4):
+            return Weights(*given)
     raise ValueError(f"policy {policy!r}: allowed are round-robin and affinity[:LORA,QUEUE,KV,ACTIVE]")
 
 

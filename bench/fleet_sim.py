@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.fleet_picker import NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
+from bench.fleet_picker import KSERVE, NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
 from bench.report import emit, machine, percentile
 
 NUM_ALIASES = 1
@@ -271,10 +271,10 @@ class Fleet:
 POLICIES: dict[str, Weights | None] = {
     "round-robin": None,
     "queue and KV only": NO_LORA_SCORER,
-    "affinity 4, queue 2, KV 2": Weights(4, 2, 2),
-    "affinity 4, queue 6, KV 2": Weights(4, 6, 2),
+    "affinity 4, queue 2, KV 2": KSERVE,
+    "affinity 4, active 4, KV 2": Weights(),
 }
-"""llm-d's default has no LoRA scorer; 4, 2, 2 is what KServe injects."""
+"""In turn: a plain Service, llm-d's default, KServe's, and deploy/'s own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
