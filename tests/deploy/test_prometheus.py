@@ -67,7 +67,10 @@ def prometheus(target: str, directory: Path) -> Iterator[str]:
 
 
 def keep_asking(url: str, stop: threading.Event, number: int) -> None:
-    """Chats for each adapter in turn, the base and one that is not there, until told to stop."""
+    """Chats for each adapter in turn, the base and one that is not there, until told to stop.
+
+    Every seventh is a stream that the client leaves at its first line.
+    """
     models = ["mini:support", "mini:moderation", "mini:medical", "mini", "mini:support", "mini:nobody"]
     with httpx.Client(base_url=url, timeout=60) as client:
         for turn in range(10_000):
@@ -75,7 +78,11 @@ def keep_asking(url: str, stop: threading.Event, number: int) -> None:
                 return
             question = {"role": "user", "content": f"Where is my parcel, please? It is order {number}{turn}."}
             body = {"model": models[(turn + number) % len(models)], "messages": [question], "max_tokens": 24}
-            client.post("/v1/chat/completions", json=body)
+            if turn % 7 == 6:
+                with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+                    next(response.iter_lines())
+            else:
+                client.post("/v1/chat/completions", json=body)
 
 
 def panels_without_data(at: str) -> set[str]:
@@ -93,8 +100,9 @@ def panels_without_data(at: str) -> set[str]:
 
 def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
     require("prometheus", "promtool", "rsvg-convert")
-    # Room for two of the three adapters: they are moved, and one is always missing.
-    with served("--adapters", str(REPOSITORY / "adapters"), "--adapter-memory", "4000KiB") as url:
+    # Room for two of the three adapters: they are moved, and one is always missing. Room for some 400 tokens.
+    memory = ("--adapter-memory", "4000KiB", "--kv-memory", "1536KiB")
+    with served("--adapters", str(REPOSITORY / "adapters"), *memory) as url:
         stop = threading.Event()
         clients = [threading.Thread(target=keep_asking, args=(url, stop, number)) for number in range(4)]
         with prometheus(url.removeprefix("http://"), tmp_path) as at:
