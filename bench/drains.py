@@ -37,7 +37,9 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 _MODELS = ("mini", "mini:support", "mini:moderation", "mini:medical")
 _NUM_DAEMONS = 3
-_DRAIN_DELAY_SECONDS = 2.0
+_DRAIN_DELAY_SECONDS = 5.0
+"""As deploy/base has it: room for checks that come late on a machine that does much else."""
+
 _START_SECONDS = 600.0
 """Only a daemon that hangs takes so long, even on a machine that does much else; one that fails is noticed at once."""
 _TICK_SECONDS = 0.2
@@ -48,7 +50,8 @@ _HAPROXY = """
 defaults
   mode http
   retries 0
-  timeout connect 2s
+  timeout connect 10s
+  timeout check 10s
   timeout client 120s
   timeout server 120s
   option httpchk GET /readyz
@@ -69,6 +72,8 @@ class Clients:
     url: str
     models: tuple[str, ...]
     num_clients: int = 12
+    pause_seconds: float = 0.0
+    """Between an answer and the next question of the same client, on average."""
     num_answers: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     is_stopping: bool = False
@@ -85,6 +90,7 @@ class Clients:
             turn = number
             while not self.is_stopping:
                 turn += 1
+                await asyncio.sleep(random.uniform(0, 2 * self.pause_seconds))
                 try:
                     problem = await self._ask(client, self.models[turn % len(self.models)], 8 + turn % 40)
                 except httpx.HTTPError as error:
@@ -106,7 +112,8 @@ class Clients:
         lines = []
         async with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
-                return f"status {response.status_code}"
+                by = "daemon" if "json" in response.headers.get("content-type", "") else "proxy"
+                return f"status {response.status_code} by the {by}"
             async for line in response.aiter_lines():
                 lines += [line.removeprefix("data: ")] if line else []
         if not lines or lines[-1] != "[DONE]":
@@ -200,6 +207,7 @@ class Outcome:
     """Of the drains so far."""
 
     num_clients: int
+    pause_seconds: float
     drains: int = 0
     answers: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -213,6 +221,7 @@ class Outcome:
             "drains": self.drains,
             "daemons": _NUM_DAEMONS,
             "clients": self.num_clients,
+            "pause_seconds": self.pause_seconds,
             "drain_delay_seconds": _DRAIN_DELAY_SECONDS,
             "answers": self.answers,
             "failures": dict(self.failures),
@@ -222,19 +231,21 @@ class Outcome:
         }
 
 
-async def campaign(num_drains: int, num_clients: int, binary: str, file: Path | None) -> Outcome:
+async def campaign(
+    num_drains: int, num_clients: int, pause_seconds: float, binary: str, file: Path | None
+) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         log = Path(folder) / "daemons.log"
         daemons = [Daemon(free_port(), log) for _ in range(_NUM_DAEMONS)]
         ending.callback(kill, daemons)
         await asyncio.gather(*(daemon.wait_until_ready() for daemon in daemons))
         url = ending.enter_context(haproxy(binary, daemons, Path(folder)))
-        clients = Clients(url, _MODELS, num_clients)
+        clients = Clients(url, _MODELS, num_clients, pause_seconds)
         await asyncio.sleep(1.0)
         stops = Stops()
         watching = asyncio.create_task(stops.watch())
         running = asyncio.create_task(clients.run())
-        outcome, turn = Outcome(num_clients), 0
+        outcome, turn = Outcome(num_clients, pause_seconds), 0
         while outcome.drains < num_drains:
             stopped_before = stops.count
             clients.num_answers, clients.failures = 0, Counter()
@@ -273,11 +284,16 @@ def main() -> int:
     parser.add_argument("--drains", type=int, default=3)
     parser.add_argument("--proxy", default=shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin"))
     parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument(
+        "--pause", type=float, default=0.0, metavar="SECONDS", help="of a client after an answer, on average"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
     arguments = parser.parse_args()
     if arguments.proxy is None:
         raise SystemExit("haproxy is not installed; name another with --proxy PATH")
-    outcome = asyncio.run(campaign(arguments.drains, arguments.clients, arguments.proxy, arguments.json))
+    outcome = asyncio.run(
+        campaign(arguments.drains, arguments.clients, arguments.pause, arguments.proxy, arguments.json)
+    )
     print(json.dumps(outcome.json()))
     return 0 if not outcome.failures and set(outcome.statuses) == {0} else 1
 
