@@ -16,34 +16,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapterd.adapter import Adapter, read_adapter
-from adapterd.core import AdapterId, Request, RequestId, SamplingParams
-from adapterd.engine.build import build_engine
-from adapterd.engine.detokenizer import Vocabulary
+from adapterd.adapter import read_adapter
+from adapterd.core import RequestId
 from adapterd.model.base import Base, DtypeName, load_base
-from adapterd.token_table import TokenizerIdentity, TokenTable
+from adapterd.token_table import TokenizerIdentity
 from bench.hardware import synchronise
+from bench.offline import OfflineEngine, Sizes
 from bench.report import emit, machine, percentile
-from bench.workload import token_prompt
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The engine's settings for a bench: everything fits at once, and prompts run whole."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    adapter_memory: int
-    kv_memory: int | None = None
-    max_queue: int = 1024
-    max_loras: int | None = None
-    max_lora_rank: int | None = None
 
 
 class Rooms:
@@ -76,52 +60,30 @@ class Rooms:
         self._now = {}
 
 
-@dataclass
 class Bench:
     """An engine over the models that bench/models.py made."""
 
-    base: Base
-    directory: Path
-    sizes: Sizes
-    adapters: list[Adapter] = field(default_factory=list)
-    num_requests: int = 0
-
-    def __post_init__(self) -> None:
-        versions: dict[AdapterId, Adapter] = {}
+    def __init__(self, base: Base, directory: Path, sizes: Sizes) -> None:
+        self.base = base
         self.adapters = [
-            read_adapter(path, name=path.name, spec=self.base.spec, tokenizer=_NO_TOKENIZER)
-            for path in sorted((self.directory / "adapters").iterdir())
+            read_adapter(path, name=path.name, spec=base.spec, tokenizer=_NO_TOKENIZER)
+            for path in sorted((directory / "adapters").iterdir())
         ]
-        versions = {adapter.id: adapter for adapter in self.adapters}
-        token_bytes = tuple(b" word" for _ in range(self.base.spec.vocab_size))
-        vocabulary = Vocabulary(TokenTable(token_bytes, strips_leading_space=False), frozenset())
-        self.runner, self.engine = build_engine(self.base, vocabulary, versions.__getitem__, self.sizes)
-        self.rooms = Rooms(self.base.device)
+        self.offline = OfflineEngine(base, sizes, self.adapters)
+        self.engine = self.offline.engine
+        self.rooms = Rooms(base.device)
         scheduler, outputs = self.engine._scheduler, self.engine._outputs
         self.rooms.watch("schedule", scheduler, "schedule")
-        self.rooms.watch("forward", self.runner, "_forward")
-        self.rooms.watch("sample", self.runner, "_sample")
+        self.rooms.watch("forward", self.offline.runner, "_forward")
+        self.rooms.watch("sample", self.offline.runner, "_sample")
         self.rooms.watch("outputs", outputs, "build")
         self.rooms.watch("update", scheduler, "update")
-
-    def submit(self, prompt_tokens: int, output_tokens: int, adapter: Adapter | None, seed: str) -> None:
-        self.num_requests += 1
-        first, end = self.base.spec.vocab_size // 4, self.base.spec.vocab_size
-        request = Request(
-            id=RequestId(f"request-{self.num_requests}"),
-            prompt_token_ids=tuple(token_prompt(prompt_tokens, range(first, end), seed)),
-            params=SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True),
-            mix=((adapter.id, 1.0),) if adapter else (),
-            eos_token_ids=frozenset(),
-            arrival_seconds=0.0,
-        )
-        self.engine.submit(request)
 
     def run(self, concurrency: int, num_adapters: int, prompt: int, output: int, seed: str) -> dict[str, Any]:
         """One static batch; sequence i runs adapter i mod num_adapters, the base if there are none."""
         for i in range(concurrency):
             adapter = self.adapters[i % num_adapters] if num_adapters else None
-            self.submit(prompt, output, adapter, f"{seed}/{i}")
+            self.offline.submit(prompt, output, adapter, f"{seed}/{i}")
         self.rooms.steps = []
         first_tokens: set[RequestId] = set()
         num_prefill_steps = 0
@@ -166,7 +128,7 @@ def _profile(bench: Bench, concurrency: int, num_adapters: int, prompt: int) -> 
     """torch's operators of some decode steps, by their own time."""
     for i in range(concurrency):
         adapter = bench.adapters[i % num_adapters] if num_adapters else None
-        bench.submit(prompt, 16, adapter, f"profile/{i}")
+        bench.offline.submit(prompt, 16, adapter, f"profile/{i}")
     for _ in range(4):
         bench.engine.step()
     activities = [torch.profiler.ProfilerActivity.CPU]

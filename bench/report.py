@@ -228,13 +228,13 @@ def _cpu_flags() -> list[str]:
 
 def _commit() -> str | None:
     """The repository's commit, with a plus if files differ from it."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git
+        return None
     return found.stdout.strip() or None
 
 

@@ -90,25 +90,54 @@ def load_base(
     # The probe is small and in float32, whatever the model will be.
     probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
     probed = probe_family(config, max_position=context - 1, kernels=probe_kernels)
-    model = load_weights(directory, name_or_dir, dtype, where, quantization)
+    return base_of(
+        load_weights(directory, name_or_dir, dtype, where, quantization),
+        where,
+        name=served_name or _default_name(name_or_dir),
+        root=name_or_dir,
+        directory=directory,
+        max_model_len=context,
+        kernels=kernels,
+        quantization=quantization,
+        takes_edits=probed.takes_edits,
+    )
+
+
+def base_of(
+    model: Any,
+    device: torch.device,
+    *,
+    name: str,
+    root: str,
+    directory: Path,
+    max_model_len: int,
+    kernels: KernelName = "auto",
+    quantization: QuantizationName = "none",
+    takes_edits: bool = True,
+) -> Base:
+    """Freeze a model, bring it to the device and attach the seams, in place; its attention must be ATTENTION_NAME's.
+
+    quantization: int8 is done here, bnb-* must have been done. takes_edits: what the family's probe said.
+    """
     model.requires_grad_(False).eval()
     num_parameters = model.num_parameters()
     if quantization == "int8":
         quantize_linears(model)
-    model.to(where)
+    model.to(device)
 
-    chosen = choose_kernels(kernels, where, model.dtype)
+    chosen = choose_kernels(kernels, device, model.dtype)
     seams = attach_seams(model, chosen)
+    family = model.config.model_type
     spec = BaseSpec(
-        name=served_name or _default_name(name_or_dir),
-        root=name_or_dir,
+        name=name,
+        root=root,
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
-        vocab_size=int(config.get_text_config().vocab_size),
-        max_model_len=context,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+        max_model_len=max_model_len,
         lora_targets=seams.targets,
         eos_token_ids=_eos_token_ids(model),
-        modules=seams.modules if probed.takes_edits else _without_edits(seams.modules, config.model_type),
+        modules=seams.modules if takes_edits else _without_edits(seams.modules, family),
         quantization=quantization,
     )
     logger.info(
@@ -117,12 +146,12 @@ def load_base(
         spec.architecture,
         spec.dtype,
         "" if quantization == "none" else f" with {quantization} linears",
-        where,
+        device,
         num_parameters / 1e6,
-        context,
+        max_model_len,
     )
     return Base(
-        model, spec, directory, where, model.dtype, seams.kv_shapes, seams.lora_step, chosen.paged_context
+        model, spec, directory, device, model.dtype, seams.kv_shapes, seams.lora_step, chosen.paged_context
     )
 
 

@@ -1,0 +1,222 @@
+"""All that can be shown on a CUDA device in one command: tests, decoding, uploads, 8 bits, the daemon over HTTP.
+
+Each part is a process of its own with a time limit, so that one that fails or hangs costs the others nothing; what
+a part finds out is written as it comes. The summaries stand last, those of parts that were cut short too.
+
+    python -m bench.gpu_all --out DIRECTORY                    # some minutes on a device with 40 GB
+    python -m bench.gpu_all --out DIRECTORY --only decode --profile
+    python -m bench.gpu_all --out DIRECTORY --only tests,http --minutes 4
+    python -m bench.gpu_all --out DIRECTORY --try-out           # on a CPU with a tiny model: does each part run?
+
+DIRECTORY gets one JSON file for each part with figures, `log.txt`, and `summary.txt`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from bench import gpu_figures, gpu_upload
+from bench.gpu_device import describe
+from bench.report import machine
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("decode", "upload", "tests", "int8")
+_TINY = ("--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--kernels", "torch")
+_TINY_DECODE = (
+    *_TINY,
+    "--prompt-tokens",
+    "20",
+    "--output-tokens",
+    "8",
+    "--megabytes",
+    "1",
+    "--prefill",
+    "32",
+)
+_MIN_SECONDS = 20.0
+"""A part that would get less than this is left out."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, how long it may take, and the file of its figures."""
+
+    name: str
+    command: list[str]
+    limit_seconds: float
+    figures: Path | None = None
+
+
+def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -> list[Part]:
+    """The commands, in the order in which they are asked for."""
+    decode = [sys.executable, "-m", "bench.gpu_decode", "--out", str(out / "decode.json")]
+    upload = [sys.executable, "-m", "bench.gpu_upload", "--out", str(out / "upload.json")]
+    int8 = [sys.executable, "-m", "bench.gpu_decode", "--out", str(out / "int8.json")]
+    int8 += ["--quantization", "int8", "--cases", "1:base,32:base,32:distinct", "--prefill", "512"]
+    if try_out:
+        decode += [*_TINY_DECODE, "--cases", "1:base,2:distinct"]
+        upload += [*_TINY, "--others", "2", "--newcomers", "3"]
+        int8 += [*_TINY_DECODE, "--cases", "1:base"]
+    if profile:
+        decode.append("--profile")
+        int8 += ["--profile", "--profile-cases", "1:base"]
+    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py"))
+    http = [path for path in tests if path.endswith("test_http.py")]
+    device_tests = [path for path in tests if path not in http]
+    # The tests of Triton's kernels that otherwise run in its interpreter, here on the device.
+    device_tests += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/model/test_*triton*.py"))
+    known = [
+        Part("decode", decode, 240, out / "decode.json"),
+        Part("upload", upload, 120, out / "upload.json"),
+        Part("tests", _pytest(device_tests[:1] if try_out else device_tests, in_parallel=not try_out), 200),
+        Part("http", _pytest(http, in_parallel=False), 120),
+        Part("int8", int8, 120, out / "int8.json"),
+    ]
+    by_name = {part.name: part for part in known}
+    return [by_name[name] for name in names]
+
+
+def _pytest(files: Sequence[str], *, in_parallel: bool) -> list[str]:
+    # Another version of Python, torch or transformers warns of other things.
+    command = [sys.executable, "-m", "pytest", "-rfEs", "--tb=short", "-W", "default"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=8"]
+    if find_spec("pytest_timeout") is not None:
+        command += ["--timeout", "100"]
+    if in_parallel and find_spec("xdist") is not None:
+        command += ["-n", "4"]
+    return [*command, *files]
+
+
+def run(part: Part, log: TextIO, seconds_left: float) -> str:
+    """Run a part to its end or limit, its output shown and kept; how it ended, in a few words."""
+    limit = min(part.limit_seconds, seconds_left)
+    if limit < _MIN_SECONDS:
+        return "left out: no time"
+    print(f"== {part.name}: {' '.join(part.command[1:])}", flush=True)
+    log.write(f"== {part.name}: {' '.join(part.command[1:])}\n")
+    log.flush()
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        part.command,
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        status = process.wait(limit)
+        ended = "passed" if status == 0 else f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        ended = f"stopped at {limit:.0f} s"
+    _end_group(process)
+    return f"{ended}, {time.monotonic() - began:.0f} s"
+
+
+def _end_group(process: "subprocess.Popen[bytes]") -> None:
+    """What the part has started ends with it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary_of(part: Part, ended: str, output: str) -> str:
+    """The part's table, from its figures if it was cut short; of tests, what failed and the last line."""
+    lines = [f"== {part.name}: {ended}"]
+    figures = None
+    if part.figures is not None and part.figures.exists():
+        figures = json.loads(part.figures.read_text())
+    if figures is not None:
+        tables = {"gpu_decode": gpu_figures.table, "gpu_upload": gpu_upload.table}
+        lines.append(tables[figures["bench"]](figures))
+    elif part.figures is not None:
+        lines += output.splitlines()[-12:]
+    else:
+        found = [
+            line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  "))
+        ]
+        lines += [line[:200] for line in found[:30]]
+        lines += [line[:200] for line in output.splitlines()[-2:]]
+    return "\n".join(lines)
+
+
+def compare_int8(out: Path) -> str:
+    """The decode step in 8 bits against 16, of the same run; empty if either is not there."""
+    files = [out / "decode.json", out / "int8.json"]
+    if not all(file.exists() for file in files):
+        return ""
+    wide, narrow = (json.loads(file.read_text()).get("decode", {}) for file in files)
+    ratios = {
+        name: wide[name]["step_seconds"] / narrow[name]["step_seconds"] for name in wide if name in narrow
+    }
+    return "\n".join(f"tokens/s of int8 over bfloat16, {name}: {ratio:.2f}" for name, ratio in ratios.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    device = torch.device("cpu" if arguments.try_out else "cuda")
+    gpu = describe(device)
+    head = f"{gpu['name']}, driver {gpu.get('driver', '-')}, {gpu['packages']}, {machine()['date']}"
+    print(head, flush=True)
+    if arguments.try_out:
+        os.environ["TRITON_INTERPRET"] = "1"
+    summaries = [head]
+    all_passed = True
+    with (out / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
+        for part in parts_of(
+            arguments.only.split(","), out, profile=arguments.profile, try_out=arguments.try_out
+        ):
+            start = log.tell()
+            ended = run(part, log, 60 * arguments.minutes - (time.monotonic() - began))
+            log.seek(start)
+            output = log.read()
+            all_passed &= ended.startswith("passed")
+            if not arguments.quiet:
+                print(output[-arguments.tail :], flush=True)
+            summaries.append(summary_of(part, ended, output))
+            (out / "summary.txt").write_text("\n".join(summaries) + "\n")
+    summaries += filter(None, [compare_int8(out)])
+    (out / "summary.txt").write_text("\n".join(summaries) + "\n")
+    print("\n".join(["", *summaries]), flush=True)
+    return int(not all_passed)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="directory to write into")
+    add("--only", default=",".join(PARTS), help="some of the parts, in this order")
+    add("--minutes", type=float, default=9.0, help="of all parts together")
+    add("--profile", action="store_true", help="kernels and Python's functions by time")
+    add("--quiet", action="store_true", help="print the summaries alone; log.txt has the rest")
+    add("--tail", type=int, default=4000, help="characters shown of each part's output")
+    add("--try-out", action="store_true", help="a tiny model on the CPU")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.only.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The benches for a CUDA device run whole on a CPU, with a tiny model and torch's operators; a part fails alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import gpu_all, gpu_decode, gpu_upload
+from bench.gpu_device import read_kernel
+from bench.gpu_report import Report
+from bench.gpu_trace import short_name, trace_of
+
+TINY = ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--kernels", "torch"]
+
+
+def test_decode_bench_holds_every_mix_against_its_floor(tmp_path: Path) -> None:
+    out = tmp_path / "decode.json"
+    sizes = ["--prompt-tokens", "12", "--output-tokens", "6", "--prefill", "24", "--megabytes", "1"]
+    cases = [
+        "--cases",
+        "2:base,2:distinct,4:zipf:1.5,4:uniform",
+        "--profile",
+        "--profile-cases",
+        "2:distinct",
+    ]
+    assert gpu_decode.main([*TINY, *sizes, *cases, "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["errors"] == {}
+    decode = found["decode"]
+    assert {name: mix["num_adapters"] for name, mix in decode.items()} == {
+        "2:base": 0,
+        "2:distinct": 2,
+        "4:zipf:1.5": 3,
+        "4:uniform": 2,
+    }
+    assert decode["2:distinct"]["floor_bytes"] > decode["2:base"]["floor_bytes"]
+    assert decode["2:distinct"]["of_bytes_ratio"] > decode["2:distinct"]["of_base"]
+    assert "of_base" not in decode["4:uniform"]  # its base was not asked for
+    assert set(found["prefill"]) == {"24 tokens", "24 tokens, 1 adapter"}
+    assert "function calls" in found["profiles"]["2:distinct"]["python"]
+
+
+def test_upload_bench_sees_every_newcomer(tmp_path: Path) -> None:
+    out = tmp_path / "upload.json"
+    few = ["--others", "2", "--newcomers", "3", "--rounds", "1", "--period-ms", "20"]
+    assert gpu_upload.main([*TINY, *few, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["errors"] == {}
+    phases = found["phases"]
+    assert [phases[kind]["num_newcomers"] for kind in gpu_upload.PHASES] == [0, 3, 3, 3]
+    assert phases["new"]["use_ms"]["p50"] <= phases["new"]["first_token_ms"]["p50"]
+    assert phases["new"]["upload_ms"]["p50"] > 0
+    assert phases["prefetch"]["upload_ms"]["p50"] > 0
+
+
+def test_bandwidth_kernel_reads_every_block_once() -> None:
+    data = torch.arange(5 * 64, dtype=torch.float32)
+    sums = torch.zeros(3)
+    read_kernel[(3,)](data, sums, 5, BLOCK=64)
+    assert float(sums.sum()) == float(data.sum())
+
+
+def test_a_part_that_fails_is_kept_by_name_and_the_next_one_runs(tmp_path: Path) -> None:
+    report = Report(tmp_path / "figures.json", bench="any")
+    with report.part("first"):
+        raise RuntimeError("no such device")
+    with report.part("second"):
+        report.keep("answer", 42)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["errors"] == {"first": "RuntimeError: no such device"}
+    assert found["answer"] == 42
+    assert report.failed
+
+
+def test_a_trace_is_by_step() -> None:
+    events = [(0.0, 4.0, "gemm"), (5.0, 6.0, "norm"), (20.0, 24.0, "gemm"), (25.0, 27.0, "norm")]
+    trace = trace_of(events, 2)
+    assert [(kernel.name, kernel.count, kernel.us) for kernel in trace.kernels] == [
+        ("gemm", 1.0, 4.0),
+        ("norm", 1.0, 1.5),
+    ]
+    assert (trace.busy_us, trace.span_us) == (5.5, 13.5)
+    assert trace.order == [(0.0, 4.0, "gemm"), (5.0, 2.0, "norm")]
+
+
+def test_long_kernel_names_keep_their_start_and_end() -> None:
+    name = short_name(
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, x, y, z>(int)"
+    )
+    assert name.startswith("vectorized_elementwise_kernel<4")
+    assert len(name) == 64
+
+
+def test_what_a_part_prints_and_how_it_ends_is_kept(tmp_path: Path) -> None:
+    python = [
+        sys.executable,
+        "-c",
+        "print('FAILED tests/gpu/test_x.py'); print('1 failed'); raise SystemExit(1)",
+    ]
+    part = gpu_all.Part("tests", python, 30)
+    with (tmp_path / "log.txt").open("w+") as log:
+        ended = gpu_all.run(part, log, 100)
+        assert ended.startswith("exit status 1")
+        log.seek(0)
+        assert "FAILED tests/gpu/test_x.py" in gpu_all.summary_of(part, ended, log.read())
+        assert gpu_all.run(part, log, 1) == "left out: no time"
+
+
+@pytest.mark.parametrize("name", gpu_all.PARTS)
+def test_every_part_is_a_command_of_this_repository(name: str, tmp_path: Path) -> None:
+    [part] = gpu_all.parts_of([name], tmp_path, profile=True, try_out=False)
+    assert part.command[1] == "-m"
+    files = [Path(word) for word in part.command if word.startswith("tests/")]
+    assert all((gpu_all.ROOT / file).exists() for file in files)
+    assert files or part.figures is not None
