@@ -32,7 +32,7 @@ from bench.gpu_device import describe
 from bench.report import machine
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("decode", "upload", "tests", "int8")
+PARTS = ("decode", "upload", "tests", "http", "int8")
 _TINY = ("--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--kernels", "torch")
 _TINY_DECODE = (
     *_TINY,
