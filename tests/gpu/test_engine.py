@@ -115,8 +115,8 @@ def test_graphs_serve_whoever_comes(root: Path) -> None:
     with noted_replays() as graphs:
         found = Answers(offline).of(asked)
     assert found == alone(root, asked)
-    assert len(graphs) > 40
-    assert len({id(graph) for graph in graphs}) > 4  # sizes, with adapters and without
+    assert len(graphs) > 20
+    assert len({id(graph) for graph in graphs}) >= 4  # sizes, with adapters and without
 
 
 def test_uploads_beside_running_steps_change_nobodys_tokens(root: Path) -> None:

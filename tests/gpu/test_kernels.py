@@ -115,7 +115,7 @@ KINDS = {
     "sinks": Kind(has_sinks=True),
     "all": Kind(sliding_window=512, softcap=50.0, has_sinks=True),
 }
-SHAPES = {"llama-3-8b": (32, 8, 128), "gemma-2-9b": (16, 8, 256), "qwen3-0.6b": (16, 8, 128)}
+SHAPES = {"llama-3-8b": (32, 8, 128), "gemma-2-9b": (16, 8, 256)}
 CONTEXTS = {
     "one": [(1, 1)],
     "one long": [(8100, 1)],
@@ -137,8 +137,10 @@ def scattered_slots(contexts: Sequence[tuple[int, int]]) -> tuple[list[torch.Ten
 
 
 @pytest.mark.parametrize("contexts", CONTEXTS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [*(("llama-3-8b", kind) for kind in KINDS), ("gemma-2-9b", "plain"), ("gemma-2-9b", "all")],
+)
 def test_attention_over_scattered_pages_is_within_two_roundings(
     kernels: Kernels, shape: str, kind: str, contexts: str
 ) -> None:
