@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
 from adapterd.adapter import Adapter
 from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import BaseSpec, Request, RequestId
@@ -18,6 +16,7 @@ from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
 from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.first_use import allowed_by
+from adapterd.host_memory import free_host_bytes
 from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
 from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
@@ -180,7 +179,7 @@ def host_bytes(settings: DaemonSettings, spec: BaseSpec) -> int:
         rank = settings.max_lora_rank or DEFAULT_LORA_RANK
         elements = sum(d_out + d_in for d_out, d_in in spec.lora_targets.values())
         return settings.max_cpu_loras * rank * elements * _HOST_BYTES
-    return int(psutil.virtual_memory().available) // 4
+    return free_host_bytes() // 4
 
 
 def _check(runner: Runner, adapter: Adapter, max_rank: int | None) -> None:

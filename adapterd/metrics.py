@@ -15,13 +15,14 @@ from adapterd.core import EngineStats, Request, ServerStats, Tier
 from adapterd.exposition import Family, Format, render
 from adapterd.request_record import RequestRecord
 from adapterd.residency import LoadedNames, Residency, Spelling
-from adapterd.series import SERIES, Snapshot
+from adapterd.series import SERIES, Series, Snapshot
 
 MAX_ADAPTER_LABELS = 100
 RENDER_SECONDS = 0.02
 """What a scrape gets may be this old, or, where there is so much that rendering takes long, twenty times as old
 as that takes: no more than a twentieth of one core is ever spent on it."""
 
+_ROUTER_PREFIX = "vllm:"
 _PROCESS_SECONDS = 1.0
 _NOT_SERVING = ServerStats(reading=(), is_ready=False, is_draining=False)
 _TRANSITIONS: dict[Tier, str] = {"host": "load", "device": "activate"}
@@ -57,19 +58,21 @@ class Metrics:
         ]
         self._busiest = Busiest(MAX_ADAPTER_LABELS, clock=clock)
         self._made_of: dict[str, object] = {}
-        self._rendered: dict[Format, bytes] = {}
-        self._fresh_until_seconds: dict[Format, float] = {}
+        self._rendered: dict[tuple[Format, bool], bytes] = {}
+        self._fresh_until_seconds: dict[tuple[Format, bool], float] = {}
 
-    def render(self, format: Format = "plain") -> bytes:
-        """The text, a fraction of a second old at most."""
+    def render(self, format: Format = "plain", *, for_router: bool = False) -> bytes:
+        """The text, a fraction of a second old at most; `for_router`: of those series alone that routers read."""
+        page = format, for_router
         with self._lock:
             began = self.clock()
-            if began >= self._fresh_until_seconds.get(format, began):
-                self._read()
-                self._rendered[format] = render(self._families.values(), format)
+            if began >= self._fresh_until_seconds.get(page, began):
+                series = [s for s in SERIES if not for_router or s.name.startswith(_ROUTER_PREFIX)]
+                self._read(series)
+                self._rendered[page] = render([self._families[s.name] for s in series], format)
                 now = self.clock()
-                self._fresh_until_seconds[format] = now + max(RENDER_SECONDS, 20 * (now - began))
-            return self._rendered[format]
+                self._fresh_until_seconds[page] = now + max(RENDER_SECONDS, 20 * (now - began))
+            return self._rendered[page]
 
     # Counting
 
@@ -117,10 +120,10 @@ class Metrics:
 
     # Called with the lock held
 
-    def _read(self) -> None:
+    def _read(self, wanted: Sequence[Series]) -> None:
         """Bring what is read rather than fed up to date."""
         snapshot = self._snapshot()
-        for series in SERIES:
+        for series in wanted:
             if series.rows is None:
                 continue
             if series.made_of is not None:

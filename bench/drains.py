@@ -7,7 +7,11 @@ Three daemons (`adapterd serve` on the embedded base, as a person starts them) s
 for /readyz five times a second and retries nothing. Clients stream answers of a known length, one after the other,
 half of them over connections they keep. One daemon after the other gets SIGTERM, drains, leaves, and a new one takes
 its place once it is ready. Every answer must have all its tokens, its finish reason and its [DONE]; every daemon must
-leave with status 0. The last line of stdout is JSON.
+leave with status 0.
+
+A drain in which this whole bench was stopped (a suspended machine, a job scheduler's SIGSTOP) says nothing: every
+timeout of clients and proxy has passed at once. It is noticed by this process's own clock, made again, and reported
+apart. The last line of stdout is JSON; `--json` has the same after each drain.
 """
 
 import argparse
@@ -33,14 +37,21 @@ import httpx
 ROOT = Path(__file__).resolve().parent.parent
 _MODELS = ("mini", "mini:support", "mini:moderation", "mini:medical")
 _NUM_DAEMONS = 3
-_DRAIN_DELAY_SECONDS = 2.0
-_START_SECONDS = 120.0
+_DRAIN_DELAY_SECONDS = 5.0
+"""As deploy/base has it: room for checks that come late on a machine that does much else."""
+
+_START_SECONDS = 600.0
+"""Only a daemon that hangs takes so long, even on a machine that does much else; one that fails is noticed at once."""
+_TICK_SECONDS = 0.2
+_STOPPED_SECONDS = 5.0
+"""Far more than the loop of this process ever waits for its turn, and less than any timeout of clients and proxy."""
 
 _HAPROXY = """
 defaults
   mode http
   retries 0
-  timeout connect 2s
+  timeout connect 10s
+  timeout check 10s
   timeout client 120s
   timeout server 120s
   option httpchk GET /readyz
@@ -61,6 +72,8 @@ class Clients:
     url: str
     models: tuple[str, ...]
     num_clients: int = 12
+    pause_seconds: float = 0.0
+    """Between an answer and the next question of the same client, on average."""
     num_answers: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     is_stopping: bool = False
@@ -77,6 +90,7 @@ class Clients:
             turn = number
             while not self.is_stopping:
                 turn += 1
+                await asyncio.sleep(random.uniform(0, 2 * self.pause_seconds))
                 try:
                     problem = await self._ask(client, self.models[turn % len(self.models)], 8 + turn % 40)
                 except httpx.HTTPError as error:
@@ -98,7 +112,8 @@ class Clients:
         lines = []
         async with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
-                return f"status {response.status_code}"
+                by = "daemon" if "json" in response.headers.get("content-type", "") else "proxy"
+                return f"status {response.status_code} by the {by}"
             async for line in response.aiter_lines():
                 lines += [line.removeprefix("data: ")] if line else []
         if not lines or lines[-1] != "[DONE]":
@@ -107,6 +122,22 @@ class Clients:
         counted = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk.get("usage")]
         reasons = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
         return None if (counted, reasons) == ([num_tokens], ["length"]) else f"{counted} tokens, {reasons}"
+
+
+class Stops:
+    """How often this process stood still."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            now = time.monotonic()
+            self.count += now - before > _STOPPED_SECONDS
+            before = now
 
 
 class Daemon:
@@ -141,6 +172,11 @@ class Daemon:
         return status, time.monotonic() - began
 
 
+def kill(daemons: list[Daemon]) -> None:
+    for daemon in daemons:
+        daemon.process.kill()
+
+
 def free_port() -> int:
     """One that outgoing connections do not take while a daemon is away from it."""
     while True:
@@ -166,58 +202,100 @@ def haproxy(binary: str, daemons: list[Daemon], folder: Path) -> Iterator[str]:
         process.wait()
 
 
-async def campaign(num_drains: int, binary: str) -> dict[str, object]:
+@dataclass
+class Outcome:
+    """Of the drains so far."""
+
+    num_clients: int
+    pause_seconds: float
+    drains: int = 0
+    answers: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    longest_drain_seconds: float = 0.0
+    stopped: int = 0
+    """Drains in which this bench was stopped, and which count nowhere else."""
+
+    def json(self) -> dict[str, object]:
+        return {
+            "drains": self.drains,
+            "daemons": _NUM_DAEMONS,
+            "clients": self.num_clients,
+            "pause_seconds": self.pause_seconds,
+            "drain_delay_seconds": _DRAIN_DELAY_SECONDS,
+            "answers": self.answers,
+            "failures": dict(self.failures),
+            "exit_statuses": {str(status): count for status, count in self.statuses.items()},
+            "longest_drain_seconds": round(self.longest_drain_seconds, 2),
+            "stopped_and_made_again": self.stopped,
+        }
+
+
+async def campaign(
+    num_drains: int, num_clients: int, pause_seconds: float, binary: str, file: Path | None
+) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         log = Path(folder) / "daemons.log"
         daemons = [Daemon(free_port(), log) for _ in range(_NUM_DAEMONS)]
-        ending.callback(lambda: [daemon.process.kill() for daemon in daemons])
+        ending.callback(kill, daemons)
         await asyncio.gather(*(daemon.wait_until_ready() for daemon in daemons))
-        clients = Clients(ending.enter_context(haproxy(binary, daemons, Path(folder))), _MODELS)
+        url = ending.enter_context(haproxy(binary, daemons, Path(folder)))
+        clients = Clients(url, _MODELS, num_clients, pause_seconds)
         await asyncio.sleep(1.0)
+        stops = Stops()
+        watching = asyncio.create_task(stops.watch())
         running = asyncio.create_task(clients.run())
-        statuses: Counter[int] = Counter()
-        seconds: list[float] = []
-        for number in range(num_drains):
+        outcome, turn = Outcome(num_clients, pause_seconds), 0
+        while outcome.drains < num_drains:
+            stopped_before = stops.count
+            clients.num_answers, clients.failures = 0, Counter()
             await asyncio.sleep(0.5)
-            status, took = await daemons[number % _NUM_DAEMONS].drain()
-            statuses[status] += 1
-            seconds.append(took)
-            port = int(daemons[number % _NUM_DAEMONS].url.rpartition(":")[2])
-            daemons[number % _NUM_DAEMONS] = daemon = Daemon(port, log)
-            await daemon.wait_until_ready()
+            index, turn = turn % _NUM_DAEMONS, turn + 1
+            status, took = await daemons[index].drain()
+            daemons[index] = Daemon(int(daemons[index].url.rpartition(":")[2]), log)
+            await daemons[index].wait_until_ready()
             await asyncio.sleep(0.5)  # the proxy sees it
+            if stops.count > stopped_before:
+                outcome.stopped += 1
+                print(
+                    f"stopped in drain {outcome.drains + 1}: {dict(clients.failures)}; once more", flush=True
+                )
+                continue
+            outcome.drains += 1
+            outcome.answers += clients.num_answers
+            outcome.failures += clients.failures
+            outcome.statuses[status] += 1
+            outcome.longest_drain_seconds = max(outcome.longest_drain_seconds, took)
+            if file is not None:
+                file.write_text(json.dumps(outcome.json(), indent=2) + "\n")
             print(
-                f"drain {number + 1}: {took:.1f} s, status {status};"
-                f" {clients.num_answers} answers, failures {dict(clients.failures)}",
+                f"drain {outcome.drains}: {took:.1f} s, status {status};"
+                f" {outcome.answers} answers, failures {dict(outcome.failures)}",
                 flush=True,
             )
         clients.is_stopping = True
         await running
-        return {
-            "drains": num_drains,
-            "daemons": _NUM_DAEMONS,
-            "clients": clients.num_clients,
-            "drain_delay_seconds": _DRAIN_DELAY_SECONDS,
-            "answers": clients.num_answers,
-            "failures": dict(clients.failures),
-            "exit_statuses": {str(status): count for status, count in statuses.items()},
-            "longest_drain_seconds": round(max(seconds), 2),
-        }
+        watching.cancel()
+        return outcome
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--drains", type=int, default=3)
     parser.add_argument("--proxy", default=shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin"))
+    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument(
+        "--pause", type=float, default=0.0, metavar="SECONDS", help="of a client after an answer, on average"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
     arguments = parser.parse_args()
     if arguments.proxy is None:
         raise SystemExit("haproxy is not installed; name another with --proxy PATH")
-    result = asyncio.run(campaign(arguments.drains, arguments.proxy))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return 0 if not result["failures"] and result["exit_statuses"] == {"0": arguments.drains} else 1
+    outcome = asyncio.run(
+        campaign(arguments.drains, arguments.clients, arguments.pause, arguments.proxy, arguments.json)
+    )
+    print(json.dumps(outcome.json()))
+    return 0 if not outcome.failures and set(outcome.statuses) == {0} else 1
 
 
 if __name__ == "__main__":

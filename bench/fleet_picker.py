@@ -1,8 +1,8 @@
 """Which pod answers a request: llm-d's endpoint picker, its rules written anew, and round-robin to compare with.
 
 Read from its sources (plugins core-metrics-extractor, lora-affinity-scorer, queue-scorer, kv-cache-utilization-scorer,
-max-score-picker). What is left out: the prefix scorer, since every prompt of these benches is new and it would score
-nothing. The proxy of bench.fleet and the simulation of bench.fleet_sim both choose with `choose` below.
+active-request-scorer, max-score-picker). What is left out: the prefix scorer, since every prompt of these benches is
+new and it would score nothing. The proxy of bench.fleet and bench.fleet_sim both choose with `choose`.
 """
 
 import random
@@ -30,15 +30,19 @@ class Signals:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the scorers in a scheduling profile."""
+    """Of the scorers in a scheduling profile; the defaults are those of deploy/components/inference-pool."""
 
     lora_affinity: float = 4
-    queue: float = 2
+    queue: float = 0
     kv_cache: float = 2
+    active_requests: float = 4
 
 
-NO_LORA_SCORER = Weights(lora_affinity=0)
+NO_LORA_SCORER = Weights(0, 2, 2, 0)
 """llm-d's default profile, as far as these prompts go."""
+
+KSERVE = Weights(4, 2, 2, 0)
+"""What KServe injects: adapters are scored, and load by scraped queues."""
 
 
 def read_signals(exposition: str) -> Signals:
@@ -77,22 +81,30 @@ def lora_affinity(model: str, pod: Signals) -> float:
     return 0.6 if model in pod.waiting else 0.0
 
 
-def scores(model: str, pods: Sequence[Signals], weights: Weights) -> list[float]:
-    """The sum that the picker takes the largest of. Queues count from the shortest (1) to the longest (0)."""
+def scores(model: str, pods: Sequence[Signals], active: Sequence[int], weights: Weights) -> list[float]:
+    """The sum that the picker takes the largest of.
+
+    active: how many requests it has itself sent to each pod and not yet seen the end of; unlike the signals never old.
+    Queues count from the shortest (1) to the longest (0), active requests from none (1) to the most (0).
+    """
     queues = [pod.num_waiting for pod in pods]
     shortest, longest = min(queues), max(queues)
     span = longest - shortest
+    most_active = max(active)
     return [
         (weights.lora_affinity * lora_affinity(model, pod) if weights.lora_affinity else 0.0)
         + weights.queue * ((longest - pod.num_waiting) / span if span else 1.0)
         + weights.kv_cache * (1.0 - pod.kv_usage)
-        for pod in pods
+        + weights.active_requests * ((most_active - num_active) / most_active if most_active else 1.0)
+        for pod, num_active in zip(pods, active, strict=True)
     ]
 
 
-def choose(model: str, pods: Sequence[Signals], weights: Weights, draw: random.Random) -> int:
+def choose(
+    model: str, pods: Sequence[Signals], active: Sequence[int], weights: Weights, draw: random.Random
+) -> int:
     """Index of the pod with the highest score; one of them by chance where several have it."""
-    found = scores(model, pods, weights)
+    found = scores(model, pods, active, weights)
     best = max(found)
     ties = [index for index, score in enumerate(found) if score == best]
     return ties[0] if len(ties) == 1 else draw.choice(ties)

@@ -13,7 +13,8 @@ import json
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from bench.fleet_picker import SCRAPE_SECONDS, Signals, Weights, choose, read_signals
@@ -28,19 +29,26 @@ class Picker:
     def __init__(self, pods: Sequence[Address], weights: Weights | None, seed: int = 0) -> None:
         self.pods = list(pods)
         self.num_chosen = [0] * len(pods)
+        self._num_active = [0] * len(pods)
         self._weights = weights
         self._signals = [Signals()] * len(pods)
         self._draw = random.Random(seed)
         self._turn = 0
 
-    def choose(self, model: str) -> Address:
+    @contextmanager
+    def chosen(self, model: str) -> Iterator[Address]:
+        """The pod for a request, which counts as active there until the end of the block."""
         if self._weights is None:
             index = self._turn % len(self.pods)
             self._turn += 1
         else:
-            index = choose(model, self._signals, self._weights, self._draw)
+            index = choose(model, self._signals, self._num_active, self._weights, self._draw)
         self.num_chosen[index] += 1
-        return self.pods[index]
+        self._num_active[index] += 1
+        try:
+            yield self.pods[index]
+        finally:
+            self._num_active[index] -= 1
 
     async def keep_scraping(self) -> None:
         """Until cancelled. A pod that does not answer keeps its last signals."""
@@ -75,12 +83,13 @@ async def handle(picker: Picker, reader: asyncio.StreamReader, writer: asyncio.S
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.readexactly(_content_length(head))
         model = str(json.loads(body).get("model", "")) if body else ""
-        from_pod, upstream = await asyncio.open_connection(*picker.choose(model))
-        upstream.write(_closing(head) + body)
-        await upstream.drain()
-        while data := await from_pod.read(_MAX_HEAD):
-            writer.write(data)
-            await writer.drain()
+        with picker.chosen(model) as pod:
+            from_pod, upstream = await asyncio.open_connection(*pod)
+            upstream.write(_closing(head) + body)
+            await upstream.drain()
+            while data := await from_pod.read(_MAX_HEAD):
+                writer.write(data)
+                await writer.drain()
     except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         writer.write(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n" + str(error).encode())
     finally:
@@ -118,13 +127,15 @@ async def serve(picker: Picker, port: int, on_listening: Callable[[int], None]) 
 
 
 def weights_of(policy: str) -> Weights | None:
-    """`round-robin`, or `affinity` with the scorers' weights: affinity:LORA,QUEUE,KV. Raises ValueError."""
+    """`round-robin`, or `affinity` with the scorers' weights: affinity:LORA,QUEUE,KV,ACTIVE. Raises ValueError."""
     name, _, numbers = policy.partition(":")
     if name == "round-robin" and not numbers:
         return None
     if name == "affinity":
-        return Weights(*map(float, numbers.split(","))) if numbers else Weights()
-    raise ValueError(f"policy {policy!r}: allowed are round-robin and affinity[:LORA,QUEUE,KV]")
+        given = [float(number) for number in numbers.split(",")] if numbers else []
+        if len(given) in (0, 4):
+            return Weights(*given)
+    raise ValueError(f"policy {policy!r}: allowed are round-robin and affinity[:LORA,QUEUE,KV,ACTIVE]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--pods", required=True, help="their urls, with commas")
-    parser.add_argument("--policy", default="affinity", help="round-robin or affinity[:LORA,QUEUE,KV]")
+    parser.add_argument("--policy", default="affinity", help="round-robin or affinity[:LORA,QUEUE,KV,ACTIVE]")
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args(argv)
     urls = [urlsplit(url) for url in arguments.pods.split(",")]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.fleet_picker import NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
+from bench.fleet_picker import KSERVE, NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
 from bench.report import emit, machine, percentile
 
 NUM_ALIASES = 1
@@ -114,6 +114,7 @@ class Fleet:
         self._signals = [pod.signals() for pod in self.pods]
         self._events: list[tuple[float, int, str, Any]] = []
         self._numbers = itertools.count()
+        self._num_active = [0] * num_pods
         self._turn = 0
 
     def run(self) -> dict[str, Any]:
@@ -152,7 +153,10 @@ class Fleet:
             request.pod = self._turn % len(self.pods)
             self._turn += 1
         else:
-            request.pod = choose(str(request.adapter), self._signals, self.weights, self._draw)
+            request.pod = choose(
+                str(request.adapter), self._signals, self._num_active, self.weights, self._draw
+            )
+        self._num_active[request.pod] += 1
         pod = self.pods[request.pod]
         pod.advance(now)
         request.was_resident = request.adapter in pod.device
@@ -231,6 +235,7 @@ class Fleet:
             if is_last:
                 pod.num_running -= 1
                 pod.device[request.adapter] -= 1
+                self._num_active[index] -= 1
                 num_ended += 1
             else:
                 request.first_token = now
@@ -266,10 +271,10 @@ class Fleet:
 POLICIES: dict[str, Weights | None] = {
     "round-robin": None,
     "queue and KV only": NO_LORA_SCORER,
-    "affinity 4, queue 2, KV 2": Weights(4, 2, 2),
-    "affinity 4, queue 6, KV 2": Weights(4, 6, 2),
+    "affinity 4, queue 2, KV 2": KSERVE,
+    "affinity 4, active 4, KV 2": Weights(),
 }
-"""llm-d's default has no LoRA scorer; 4, 2, 2 is what KServe injects."""
+"""In turn: a plain Service, llm-d's default, KServe's, and deploy/'s own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from bench.gpu_device import describe
 from bench.report import machine
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("decode", "upload", "tests", "int8")
+PARTS = ("decode", "upload", "tests", "http", "int8")
 _TINY = ("--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--kernels", "torch")
 _TINY_DECODE = (
     *_TINY,
@@ -76,7 +76,11 @@ def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -
     http = [path for path in tests if path.endswith("test_http.py")]
     device_tests = [path for path in tests if path not in http]
     # The tests of Triton's kernels that otherwise run in its interpreter, here on the device.
-    device_tests += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/model/test_*triton*.py"))
+    device_tests += sorted(
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("tests/model/test_*.py")
+        if "tests.triton_kernels" in path.read_text()
+    )
     known = [
         Part("decode", decode, 240, out / "decode.json"),
         Part("upload", upload, 120, out / "upload.json"),
@@ -90,12 +94,12 @@ def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -
 
 def _pytest(files: Sequence[str], *, in_parallel: bool) -> list[str]:
     # Another version of Python, torch or transformers warns of other things.
-    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", "-rfEs", "--tb=short", "-W", "default"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=8"]
     if find_spec("pytest_timeout") is not None:
         command += ["--timeout", "100"]
     if in_parallel and find_spec("xdist") is not None:
-        command += ["-n", "4"]
+        command += ["-n", "8"]
     return [*command, *files]
 
 

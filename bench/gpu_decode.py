@@ -194,8 +194,6 @@ def measure_device(
         linears = shape_of(SHAPES[arguments.shape]()).linears
         rates = matrix_rates(linears, device, sorted({*arguments.prefill, 4096}), dtype)
         report.keep("flops_per_second", rates)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return speeds, rates
 
 
@@ -264,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={key: str(value) for key, value in vars(arguments).items() if key != "out"},
     )
     speeds, rates = measure_device(device, dtype, arguments, report)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     measure = Measure(
         shape=shape,
         rank=arguments.rank,

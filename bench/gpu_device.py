@@ -63,7 +63,7 @@ def _driver() -> str:
 
 
 def device_seconds(
-    work: Callable[[], Any], device: torch.device, *, repeats: int = 5, calls: int = 1
+    work: Callable[[], Any], device: torch.device, *, repeats: int = 15, calls: int = 1
 ) -> float:
     """The median over `repeats` of what one of `calls` calls in a row takes; the first ones are not counted."""
     work()

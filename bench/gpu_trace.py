@@ -89,7 +89,7 @@ def trace_steps(step: Callable[[], Any], num_steps: int) -> Trace:
         (
             (event.time_range.start, event.time_range.end, short_name(event.name))
             for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
         ),
     )
     return trace_of(events, num_steps)

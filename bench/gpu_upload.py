@@ -245,11 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 phases[kind].append(bench.phase(kind, arguments.newcomers))
     with report.part("figures"):
         found = {kind: figures_of(phases[kind], bench.uploads) for kind in PHASES if phases[kind]}
-        for kind, of_kind in found.items():
+        for of_kind in found.values():
             quiet, resident = found.get("quiet"), found.get("resident")
             if quiet:
                 of_kind["gap_p99_over_quiet"] = of_kind["gap_ms"]["p99"] / quiet["gap_ms"]["p99"]
-            if resident and kind == "new":
+            if resident:
                 of_kind["gap_p99_over_resident"] = of_kind["gap_ms"]["p99"] / resident["gap_ms"]["p99"]
         report.keep("phases", found)
     print(table(report.figures))
@@ -264,15 +264,16 @@ def table(figures: dict[str, Any]) -> str:
         f" {settings['others']} others, one newcomer each {settings['period_ms']} ms"
     ]
     kinds = ("use", "first_token", "upload", "gap")
-    lines.append(
-        f"{'ms, p50 and p99':16}" + "".join(f"{kind:>18}" for kind in kinds) + f"{'p99 / quiet':>14}"
-    )
+    heads = "".join(f"{kind:>18}" for kind in kinds)
+    lines.append(f"{'ms, p50 and p99':16}{heads}{'p99 / quiet':>14}{'p99 / resident':>16}")
     for name, found in figures.get("phases", {}).items():
         cells = ""
         for kind in kinds:
             times = found.get(f"{kind}_ms")
             cells += f"{times['p50']:9.2f}{times['p99']:9.2f}" if times else f"{'-':>18}"
-        lines.append(f"{name:16}{cells}{found.get('gap_p99_over_quiet', float('nan')):14.2f}")
+        over = [found.get(f"gap_p99_over_{other}") for other in ("quiet", "resident")]
+        quiet, resident = ("-" if ratio is None else f"{ratio:.2f}" for ratio in over)
+        lines.append(f"{name:16}{cells}{quiet:>14}{resident:>16}")
     lines += [f"FAILED {part}: {error[:160]}" for part, error in figures["errors"].items()]
     return "\n".join(lines)
 

@@ -4,15 +4,16 @@
     python -m bench.metrics_scrape --adapters 500 --turns 40 --json bench/results/metrics_scrape.json
 
 Makes random rank-4 adapters for the embedded base, serves them with `adapterd serve`, and asks each at least once, so
-that a hundred have series of their own and every one is resident. Then it measures, over one kept connection:
+that a hundred have series of their own and every one is resident. Then it measures, over one kept connection, for each
+of the two pages, the whole and the routers':
 
-- the time of a scrape with nothing else to do, and while clients stream;
+- the time of a scrape with nothing else to do, and while clients stream, and the daemon's processor time for it;
 - output tokens a second of these clients without scrapes and with 20 a second (the default of llm-d's endpoint
-  picker, each replica of it), in turns of equal length, so that the machine's moods meet both alike.
+  picker, each replica of it), in turns of equal length, so that the machine's moods meet all alike.
 
 `/version` is asked the same way, for what an answer costs that says nothing. The last line of stdout is JSON: medians
 and the 99th percentile of a scrape's time, in milliseconds; the rates as least, median and greatest of the
-turns, and `with_over_without` as the median of each turn over the one before it.
+turns, and `over_unscraped` as the median of each turn over the one without scrapes before it.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from bench.drains import free_port
 
@@ -36,6 +38,8 @@ _RATE = 20.0
 _NUM_CLIENTS = 8
 _OUTPUT_TOKENS = 64
 _NOTHING = "-"
+_PAGES = ("/metrics", "/metrics/router")
+_QUIET_TURNS = 5
 
 
 def make_adapters(folder: Path, count: int) -> list[str]:
@@ -74,7 +78,7 @@ def make_adapters(folder: Path, count: int) -> list[str]:
 
 
 @contextmanager
-def daemon(adapters: Path) -> Iterator[str]:
+def daemon(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
     port = free_port()
     command = [sys.executable, "-m", "adapterd", "serve", "--adapters", str(adapters), "--port", str(port)]
     process = subprocess.Popen(
@@ -88,7 +92,7 @@ def daemon(adapters: Path) -> Iterator[str]:
             if time.monotonic() > deadline or process.poll() is not None:
                 raise SystemExit("the daemon did not get ready")
             time.sleep(0.2)
-        yield url
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -161,39 +165,58 @@ async def scrape(url: str, path: str, seconds: float) -> list[float]:
     return took
 
 
-async def measure(url: str, names: list[str], seconds: float, turns: int) -> dict[str, object]:
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def measure(
+    url: str, process: psutil.Process, names: list[str], seconds: float, turns: int
+) -> dict[str, object]:
     clients = Clients(url, names)
     async with httpx.AsyncClient(timeout=60) as client:
         for first in range(0, len(names), 32):  # everyone once
             await asyncio.gather(*(clients.ask(client, name, 2) for name in names[first : first + 32]))
-        text = (await client.get(f"{url}/metrics")).text
-        quiet = await scrape(url, "/metrics", seconds)
-        cheapest = await scrape(url, "/version", seconds)
-        rates: dict[bool, list[float]] = {False: [], True: []}
-        loaded: list[float] = []
-        running = asyncio.create_task(clients.run())
-        await asyncio.sleep(2.0)
-        for turn in range(2 * turns):
-            is_scraped = turn % 2 == 1
-            before, began = clients.num_tokens, time.perf_counter()
-            # The process that scrapes takes its share of the machine, so it runs in either turn.
-            took = await scrape(url, "/metrics" if is_scraped else _NOTHING, seconds)
-            loaded += took if is_scraped else []
-            rates[is_scraped].append((clients.num_tokens - before) / (time.perf_counter() - began))
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        texts = {page: (await client.get(url + page)).text for page in _PAGES}
+    quiet: dict[str, list[float]] = {}
+    cpu_ms: dict[str, float] = {}
+    for page in (*_PAGES, "/version"):
+        before = cpu_seconds(process)
+        quiet[page] = await scrape(
+            url, page, _QUIET_TURNS * seconds
+        )  # its processor time is counted in ticks
+        cpu_ms[page] = round(1000 * (cpu_seconds(process) - before) / len(quiet[page]), 2)
+    rates: dict[str, list[float]] = {page: [] for page in (_NOTHING, *_PAGES)}
+    loaded: dict[str, list[float]] = {page: [] for page in rates}
+    running = asyncio.create_task(clients.run())
+    await asyncio.sleep(2.0)
+    for turn in range(len(rates) * turns):
+        page = tuple(rates)[turn % len(rates)]
+        num_before, began = clients.num_tokens, time.perf_counter()
+        # The process that scrapes takes its share of the machine, so it runs in every turn.
+        loaded[page] += await scrape(url, page, seconds)
+        rates[page].append((clients.num_tokens - num_before) / (time.perf_counter() - began))
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     return {
-        "series": sum(not line.startswith("#") for line in text.splitlines()),
-        "bytes": len(text),
-        "version_quiet_ms": round(statistics.median(cheapest), 3),
-        "scrape_quiet_ms": round(statistics.median(quiet), 3),
-        "scrape_quiet_p99_ms": round(statistics.quantiles(quiet, n=100)[98], 3),
-        "scrape_loaded_ms": round(statistics.median(loaded), 3),
-        "tokens_per_second_without": _spread(rates[False]),
-        "tokens_per_second_with": _spread(rates[True]),
-        "with_over_without": round(
-            statistics.median(w / wo for wo, w in zip(rates[False], rates[True], strict=True)), 3
-        ),
+        "version_quiet_ms": round(statistics.median(quiet["/version"]), 3),
+        "version_cpu_ms": cpu_ms["/version"],
+        "tokens_per_second_unscraped": _spread(rates[_NOTHING]),
+        "pages": {
+            page: {
+                "series": sum(not line.startswith("#") for line in texts[page].splitlines()),
+                "bytes": len(texts[page]),
+                "quiet_ms": round(statistics.median(quiet[page]), 3),
+                "cpu_ms": cpu_ms[page],
+                "quiet_p99_ms": round(statistics.quantiles(quiet[page], n=100)[98], 3),
+                "loaded_ms": round(statistics.median(loaded[page]), 3),
+                "tokens_per_second": _spread(rates[page]),
+                "over_unscraped": round(
+                    statistics.median(w / wo for wo, w in zip(rates[_NOTHING], rates[page], strict=True)), 3
+                ),
+            }
+            for page in _PAGES
+        },
     }
 
 
@@ -206,7 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
-    parser.add_argument("--turns", type=int, default=20, help="with scrapes, and as many without")
+    parser.add_argument(
+        "--turns", type=int, default=20, help="with scrapes of each page, and as many without"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
     parser.add_argument("--gets", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -216,8 +241,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         names = make_adapters(Path(folder), arguments.adapters)
-        with daemon(Path(folder)) as url:
-            result = asyncio.run(measure(url, names, arguments.seconds, arguments.turns))
+        with daemon(Path(folder)) as (url, process):
+            result = asyncio.run(measure(url, process, names, arguments.seconds, arguments.turns))
     result = {"adapters": arguments.adapters, **result}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -77,7 +77,7 @@ def _named(legend: str, labels: dict[str, str]) -> str:
 
 def number(value: float, unit: str) -> str:
     if unit == "percentunit":
-        return f"{value:.0%}"
+        return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.2%}"
     if unit == "s":
         return f"{value:.2g} s" if value >= 1 else f"{1000 * value:.3g} ms"
     return f"{value:.3g}"

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _READY = re.compile(r"adapterd is ready on (http://\S+)")
-_START_SECONDS = 120.0
+_START_SECONDS = 600.0
+"""Only a daemon that hangs takes so long, even on a machine that does much else; one that fails is noticed at once."""
+
 _STOP_SECONDS = 60.0
 
 

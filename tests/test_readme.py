@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.check.manifests import render
 from tests.serving import served
 from tests.transcript import README, ROOT, make_transcript, transcript_in
 
@@ -52,13 +53,18 @@ def test_python_examples_work(code: str, url: str) -> None:
 
 @pytest.mark.parametrize("code", STANDS_ALONE)
 def test_other_commands_work_on_a_copy(code: str, tmp_path: Path) -> None:
-    """Training and evaluation, cut short; `make` targets are looked up, not run, since one of them runs this."""
+    """Training and evaluation, cut short; `make` targets are looked up, not run, since one of them runs this; what
+    needs Docker or a cluster is looked up too."""
     for name in ("adapters", "adapterd", "Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).symlink_to(ROOT / name)
     for line in code.strip().splitlines():
         command = line.partition("#")[0].strip()
         if command.startswith("make "):
             run(["make", "--dry-run", *command.split()[1:]], cwd=tmp_path)
+        elif command.startswith("docker compose -f "):
+            assert "services:" in (ROOT / command.split()[3]).read_text()
+        elif command.startswith("kubectl apply -k "):
+            assert render(ROOT / command.split()[3]).of("Deployment")
         elif command.startswith("adapterd serve"):
             run(["bash", "-euc", command + " --help"], cwd=tmp_path)
         elif command.startswith("adapterd train"):

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterEvents, AdapterId, BaseSpec, Batch, SampledToken, Sequence
+from adapterd.host_memory import free_host_bytes
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.editor import Editor
@@ -247,10 +247,10 @@ def size_kv_pool(base: Base, kv_bytes: int | None, max_num_seqs: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be taken on the device now."""
+    """Memory that can be taken on the device now; on a CPU within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return free_host_bytes()
 
 
 def size_adapter_memory(

@@ -69,6 +69,7 @@ def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRout
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
         Route("/metrics", health.metrics),
+        Route("/metrics/router", health.router_metrics),
         Route("/version", health.version),
         Route("/openapi.json", openapi),
     ]

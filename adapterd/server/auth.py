@@ -12,7 +12,7 @@ from adapterd.errors import ConfigError, Forbidden, Unauthorized
 from adapterd.server.envelope import on_adapterd_error
 from adapterd.server.keys import KeyRing, Role
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/metrics/router", "/version"})
 
 _ROLE = "adapterd.role"
 """Where a scope says who asks."""

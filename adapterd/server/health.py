@@ -24,8 +24,15 @@ class Health:
         return JSONResponse({"version": adapterd.__version__})
 
     async def metrics(self, request: Request) -> Response:
+        return self._metrics(request, for_router=False)
+
+    async def router_metrics(self, request: Request) -> Response:
+        """The series that routers read, many times a second: a small part of all."""
+        return self._metrics(request, for_router=True)
+
+    def _metrics(self, request: Request, *, for_router: bool) -> Response:
         format = accepted_format(request.headers.get("accept", ""))
-        body = self._state.metrics.render(format)
+        body = self._state.metrics.render(format, for_router=for_router)
         return Response(body, headers={"content-type": CONTENT_TYPES[format]})
 
 

@@ -97,6 +97,7 @@ OPERATIONS: tuple[tuple[str, str, str, Any, Any, Any], ...] = (
     ("/livez", "get", "Alive", None, None, None),
     ("/readyz", "get", "Ready to serve", None, None, None),
     ("/metrics", "get", "Prometheus metrics", None, None, None),
+    ("/metrics/router", "get", "Those of them that routers read", None, None, None),
     ("/version", "get", "Version of the server", None, None, None),
     ("/openapi.json", "get", "This document", None, None, None),
 )

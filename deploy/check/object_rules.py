@@ -167,7 +167,7 @@ def pools(manifests: Manifests) -> Iterator[str]:
 
 
 def picker_errors(where: str, config: Object) -> Iterator[str]:
-    """Of an EndpointPickerConfig: every reference declared, exactly one picker, and the LoRA scorer in use."""
+    """Of an EndpointPickerConfig: every reference declared, exactly one picker, adapters and sent requests scored."""
     declared = {plugin.get("name", plugin["type"]): plugin["type"] for plugin in config["plugins"]}
     for profile in config["schedulingProfiles"]:
         used = [plugin["pluginRef"] for plugin in profile["plugins"]]
@@ -175,6 +175,8 @@ def picker_errors(where: str, config: Object) -> Iterator[str]:
         kinds = [declared.get(name, "") for name in used]
         if "lora-affinity-scorer" not in kinds:
             yield f"{where}: profile {profile['name']!r} does not score adapters"
+        if "active-request-scorer" not in kinds:
+            yield f"{where}: profile {profile['name']!r} knows load by scrapes alone, so a burst goes to one pod"
         if sum(kind.endswith("-picker") for kind in kinds) != 1:
             yield f"{where}: profile {profile['name']!r} needs exactly one picker"
         for plugin in profile["plugins"]:

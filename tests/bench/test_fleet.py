@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from bench.fleet_picker import (
     NO_LORA_SCORER,
@@ -28,6 +30,9 @@ from bench.fleet_plot import svg
 from bench.fleet_proxy import weights_of
 from bench.fleet_sim import Costs, Fleet, Traffic, capacity
 
+PICKER_CONFIG = (
+    Path(__file__).parents[2] / "deploy" / "components" / "inference-pool" / "endpoint-picker-config.yaml"
+)
 FIRST = """\
 # HELP vllm:num_requests_waiting Sequences that wait to run.
 # TYPE vllm:num_requests_waiting gauge
@@ -63,20 +68,37 @@ def test_an_adapter_scores_by_where_it_is() -> None:
 
 
 def test_a_resident_idle_adapter_scores_highest() -> None:
-    found = scores("a", [pod("b", "c"), pod("a", "b"), pod()], Weights())
+    found = scores("a", [pod("b", "c"), pod("a", "b"), pod()], [0, 0, 0], Weights())
     assert max(found) == found[1]
 
 
 def test_queues_count_from_the_shortest_to_the_longest() -> None:
     pods = [pod(waiting=0), pod(waiting=5), pod(waiting=10)]
-    assert scores("a", pods, Weights(0, 2, 0)) == [2, 1, 0]
-    assert scores("a", [pod(waiting=7)] * 2, Weights(0, 2, 0)) == [2, 2]
-    assert scores("a", [pod(kv=0.25)], Weights(0, 0, 4)) == [3]
+    assert scores("a", pods, [0, 0, 0], Weights(0, 2, 0, 0)) == [2, 1, 0]
+    assert scores("a", [pod(waiting=7)] * 2, [0, 0], Weights(0, 2, 0, 0)) == [2, 2]
+    assert scores("a", [pod(kv=0.25)], [0], Weights(0, 0, 4, 0)) == [3]
+
+
+def test_active_requests_count_from_none_to_the_most() -> None:
+    weights = Weights(0, 0, 0, active_requests=4)
+    assert scores("a", [pod()] * 3, [0, 1, 4], weights) == [4, 3, 0]
+    assert scores("a", [pod()] * 2, [0, 0], weights) == [4, 4]
+
+
+def test_what_was_just_sent_counts_before_any_scrape_shows_it() -> None:
+    """With signals alone all of a burst goes to one pod; what the picker has sent itself spreads it."""
+    signals, draw = [pod("a"), pod("a", kv=0.1)], random.Random(0)
+    for active_requests, expected in ((0, {0}), (4, {0, 1})):
+        active = [0, 0]
+        for _ in range(8):
+            active[choose("a", signals, active, Weights(4, 2, 2, active_requests), draw)] += 1
+        assert {index for index, count in enumerate(active) if count} == expected
 
 
 def test_ties_are_shared_out() -> None:
     draw = random.Random(0)
-    assert {choose("a", [pod(), pod(), pod(waiting=1)], NO_LORA_SCORER, draw) for _ in range(50)} == {0, 1}
+    pods = [pod(), pod(), pod(waiting=1)]
+    assert {choose("a", pods, [0, 0, 0], NO_LORA_SCORER, draw) for _ in range(50)} == {0, 1}
 
 
 def test_a_power_law_falls_and_sums_to_one() -> None:
@@ -88,9 +110,22 @@ def test_a_power_law_falls_and_sums_to_one() -> None:
 def test_policies_are_named_or_refused() -> None:
     assert weights_of("round-robin") is None
     assert weights_of("affinity") == Weights()
-    assert weights_of("affinity:1,2,3") == Weights(1, 2, 3)
-    with pytest.raises(ValueError, match="allowed are"):
-        weights_of("random")
+    assert weights_of("affinity:1,2,3,4") == Weights(1, 2, 3, 4)
+    for unknown in ("random", "affinity:1,2,3", "round-robin:1"):
+        with pytest.raises(ValueError, match="allowed are"):
+            weights_of(unknown)
+
+
+def test_the_default_weights_are_those_that_are_deployed() -> None:
+    (profile,) = yaml.safe_load(PICKER_CONFIG.read_text())["schedulingProfiles"]
+    deployed = {plugin["pluginRef"]: plugin["weight"] for plugin in profile["plugins"] if "weight" in plugin}
+    assert deployed.pop("prefix-cache-scorer") > 0  # not simulated: every prompt of the benches is new
+    assert deployed == {
+        "lora-affinity-scorer": Weights().lora_affinity,
+        "active-request-scorer": Weights().active_requests,
+        "kv-cache-utilization-scorer": Weights().kv_cache,
+    }
+    assert Weights().queue == 0
 
 
 @contextmanager
@@ -171,7 +206,7 @@ def test_one_adapter_is_moved_once_to_each_pod_and_always_found_then() -> None:
 
 
 def test_affinity_finds_more_and_moves_less_than_round_robin() -> None:
-    by_turns, by_affinity = simulate(None), simulate(Weights(4, 6, 2))
+    by_turns, by_affinity = simulate(None), simulate(Weights())
     assert by_affinity["hit_rate"] > 1.3 * by_turns["hit_rate"]
     assert by_affinity["uploads_per_1000_requests"] < 0.7 * by_turns["uploads_per_1000_requests"]
 

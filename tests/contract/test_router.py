@@ -32,9 +32,9 @@ def pod(tiny_base: Path, **settings: object) -> Iterator[str]:
         yield url
 
 
-def poll(url: str) -> Pod:
+def poll(url: str, page: str = "/metrics/router") -> Pod:
     """As the picker does it: no key, no Accept header."""
-    request = httpx.Request("GET", f"{url}/metrics", headers={})
+    request = httpx.Request("GET", f"{url}{page}", headers={})
     with httpx.Client() as client:
         response = client.send(request)
     assert response.status_code == 200
@@ -84,9 +84,10 @@ def url(tiny_base: Path) -> Iterator[str]:
         yield url
 
 
-def test_idle_and_empty_from_the_first_scrape_on(tiny_base: Path) -> None:
+@pytest.mark.parametrize("page", ["/metrics", "/metrics/router"])
+def test_idle_and_empty_from_the_first_scrape_on(tiny_base: Path, page: str) -> None:
     with pod(tiny_base) as url:
-        seen = poll(url)
+        seen = poll(url, page)
     assert (seen.num_waiting, seen.num_running, seen.kv_usage) == (0, 0, 0.0)
     assert (seen.block_size, seen.base, seen.active, seen.waiting) == (16, "tiny", set(), set())
     assert seen.num_blocks > 0

@@ -350,13 +350,19 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     (
         "pools",
         "components/inference-pool",
-        picker("pluginRef: lora-affinity-scorer", "pluginRef: queue-scorer"),
+        picker("pluginRef: lora-affinity-scorer", "pluginRef: kv-cache-utilization-scorer"),
         "does not score",
     ),
     (
         "pools",
         "components/inference-pool",
-        picker("pluginRef: queue-scorer", "pluginRef: queue"),
+        picker("pluginRef: active-request-scorer", "pluginRef: kv-cache-utilization-scorer"),
+        "knows load by scrapes alone",
+    ),
+    (
+        "pools",
+        "components/inference-pool",
+        picker("pluginRef: kv-cache-utilization-scorer", "pluginRef: kv"),
         "is not declared",
     ),
     ("pools", "components/inference-pool", picker("weight: 4", "weight: 0"), "has no weight"),

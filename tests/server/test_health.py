@@ -73,7 +73,16 @@ async def test_openmetrics_on_request(client: httpx.AsyncClient) -> None:
     assert response.text.endswith("# EOF\n")
 
 
-async def test_metrics_answer_head(client: httpx.AsyncClient) -> None:
-    response = await client.head("/metrics")
+@pytest.mark.parametrize(("page", "least_bytes"), [("/metrics", 5000), ("/metrics/router", 1000)])
+async def test_metrics_answer_head(client: httpx.AsyncClient, page: str, least_bytes: int) -> None:
+    response = await client.head(page)
     assert (response.status_code, response.text) == (200, "")
-    assert int(response.headers["content-length"]) > 1000
+    assert int(response.headers["content-length"]) > least_bytes
+
+
+async def test_routers_find_all_that_they_read_on_a_page_of_its_own(client: httpx.AsyncClient) -> None:
+    everything, routers = await client.get("/metrics"), await client.get("/metrics/router")
+    assert routers.headers["content-type"] == everything.headers["content-type"]
+    lines = everything.text.splitlines()
+    assert routers.text.splitlines() == [line for line in lines if "vllm:" in line.partition("{")[0]]
+    assert "adapterd_" not in routers.text
