@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
 
-_PROGRAMS_PER_PROCESSOR = 2
+_PROGRAMS_PER_PROCESSOR = 8
 """A decode is split over its contexts until about so many run."""
 
 _MAX_SPLITS = 16

@@ -5,9 +5,11 @@ layers are of the kind says layers.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from adapterd.model.attention_triton import TritonContext, triton_context, triton_paged_attention
 from adapterd.model.int8 import Int8Linear
@@ -46,10 +48,11 @@ class Projection:
         self._compute(x, y, adds=True)
 
     def _compute(self, x: torch.Tensor, y: torch.Tensor, *, adds: bool) -> None:
-        group = self._group(x)
         assert self.weight is not None
         d_out, d_in = self.weight.shape
-        tiling = tiling_of(d_out, d_in, len(x), x.device)
+        has_group = bool(self._step.segments)
+        tiling = tiling_of(d_out, d_in, len(x), x.device, has_group=has_group)
+        group = self._group(x, is_beside=tiling is not None) if has_group else None
         if tiling is not None:
             few_tokens_linear(
                 x, self.weight, y, tiling,
@@ -76,12 +79,10 @@ class Projection:
         else:
             torch.mm(x, self.weight.T, out=y)
 
-    def _group(self, x: torch.Tensor) -> GroupStep | None:
-        if not self._step.segments:
-            return None
+    def _group(self, x: torch.Tensor, *, is_beside: bool) -> GroupStep | None:
         if len(x) != self._step.num_tokens:
             raise RuntimeError(f"{self.paths[0]} saw {len(x)} of {self._step.num_tokens} tokens")
-        return self._step.group(self.paths, self.d_outs, x)
+        return self._step.group(self.paths, self.d_outs, x, is_beside=is_beside)
 
 
 def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor | None:
@@ -99,6 +100,24 @@ def _joined(linears: Sequence[nn.Linear], name: str) -> torch.Tensor | None:
             is_parameter = isinstance(tensor, nn.Parameter)
             setattr(linear, name, nn.Parameter(view, requires_grad=False) if is_parameter else view)
     return joined
+
+
+class FewTokensForward:
+    """The forward of a linear of the base alone: adapters that change it do so by hooks."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._linear.weight, self._linear.bias
+        rows = x.reshape(-1, x.shape[-1])
+        d_out, d_in = weight.shape
+        tiling = tiling_of(d_out, d_in, len(rows), x.device)
+        if tiling is None:
+            return F.linear(x, weight, bias)
+        y = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+        few_tokens_linear(rows, weight, y, tiling, bias=bias)
+        return y.view(*x.shape[:-1], -1)
 
 
 class TritonLayer(FusedLayer):
@@ -145,7 +164,6 @@ class TritonLayer(FusedLayer):
             paged.pool,
             attention.layer,
             plan.slot_mapping,
-            ahead=self._o.weight,
         )
         attended = triton_paged_attention(
             query,
@@ -165,11 +183,12 @@ class TritonLayer(FusedLayer):
         return hidden_states
 
 
-def fuse_triton(
-    model: nn.Module, step: LoraStep, shapes: Mapping[int, KVShape], run: Callable[[], object]
-) -> None:
-    """As kernels.Fuse: every layer of the Llama kind gets its fused forward."""
+def fuse_triton(model: Any, step: LoraStep, shapes: Mapping[int, KVShape], run: Callable[[], object]) -> None:
+    """As kernels.Fuse: every layer of the Llama kind gets its fused forward, and the head one for few tokens."""
     assert isinstance(step, TritonLoraStep)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.forward = FewTokensForward(head)  # type: ignore[assignment]
 
     def make(parts: LayerParts, layer: nn.Module) -> TritonLayer | None:
         linears = [

@@ -38,8 +38,6 @@ def few_tokens_linear_kernel(
     y_stride,
     # As in shrink_tile; anything if NUM_MEMBERS is 0.
     shrunk,
-    shrink_partial,
-    shrink_counts,
     tiles,
     bounds,
     addresses,
@@ -60,7 +58,6 @@ def few_tokens_linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     NUM_MEMBERS: tl.constexpr,
-    NUM_SHRINK_SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     SHRINK_TOKENS: tl.constexpr,
     SHRINK_ROWS: tl.constexpr,
@@ -68,10 +65,12 @@ def few_tokens_linear_kernel(
 ):
     """y[t, j] = x[t] . weight[j] + bias[j], in float32; `part` of d_in is one split's, a multiple of BLOCK_IN.
 
-    Programs beyond those of the product shrink tiles of x for the adapters of NUM_MEMBERS linears.
+    Programs beside those of the product shrink tiles of x for the adapters of NUM_MEMBERS linears.
     """
-    program = tl.program_id(0)
-    if program < num_blocks * NUM_SPLITS:
+    # First those that shrink: they take long and read little, and so run beside all others.
+    num_shrink = num_tiles * NUM_MEMBERS
+    program = tl.program_id(0) - num_shrink
+    if program >= 0:
         block, split = program % num_blocks, program // num_blocks
         rows = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         tokens = tl.arange(0, BLOCK_TOKENS)
@@ -112,14 +111,13 @@ def few_tokens_linear_kernel(
                 total += tl.load(y_places, mask=is_row & is_token, other=0.0).to(tl.float32)
             tl.store(y_places, total.to(y.dtype.element_ty), mask=is_row & is_token)
     elif NUM_MEMBERS > 0:
-        program -= num_blocks * NUM_SPLITS
-        tile, member = program % num_tiles, program // num_tiles % NUM_MEMBERS
+        program += num_shrink
+        tile, member = program % num_tiles, program // num_tiles
         linear = tl.where(member == 0, linear_0, tl.where(member == 1, linear_1, linear_2))
         shrink_tile(
-            x, shrunk, shrink_partial, shrink_counts, tiles, bounds, addresses, scales,
-            tile, member, program // (num_tiles * NUM_MEMBERS), linear,
-            NUM_MEMBERS, num_linears, num_tokens, max_rows, d_in, x_stride,
-            NUM_SHRINK_SPLITS, ALIGNED, PRECISION, CHAINED, SHRINK_TOKENS, SHRINK_ROWS, SHRINK_IN,
+            x, shrunk, shrunk, counts, tiles, bounds, addresses, scales,
+            tile, member, 0, linear, NUM_MEMBERS, num_linears, num_tokens, max_rows, d_in, x_stride,
+            1, ALIGNED, PRECISION, CHAINED, SHRINK_TOKENS, SHRINK_ROWS, SHRINK_IN,
         )  # fmt: skip
 
 
@@ -140,24 +138,36 @@ class Tiling:
     num_warps: int = 4
 
 
-def tiling_of(d_out: int, d_in: int, num_tokens: int, device: torch.device) -> Tiling | None:
-    """What was fastest for Llama-3-8B's shapes on an H200 (bench/LOG.md); None where this kernel is not."""
-    block_in = next((size for size in (128, 64, 32, 16) if d_in % size == 0), None)
-    if num_tokens > MAX_TOKENS or block_in is None:
+def tiling_of(
+    d_out: int, d_in: int, num_tokens: int, device: torch.device, *, has_group: bool = False
+) -> Tiling | None:
+    """What was fastest for Llama-3-8B's shapes on an H200 (bench/LOG.md); None where this kernel is not.
+
+    has_group: adapters are shrunk beside it, which needs room for several programs on a processor.
+    """
+    if num_tokens > MAX_TOKENS or d_in % 16:
         return None
     processors = num_processors(device)
     if num_tokens > 16 and d_out >= 128 * 1.5 * processors:
-        return Tiling(128, block_in, 1, num_stages=3, num_warps=8)
+        return Tiling(128, _divisor(d_in, 128), 1, num_stages=3 if has_group else 4, num_warps=8)
     num_blocks = triton.cdiv(d_out, 64)
+    if num_blocks >= 0.7 * processors:
+        is_short = num_blocks < 1.5 * processors
+        return Tiling(64, _divisor(d_in, 64 if is_short else 128), 1, num_stages=8 if is_short else 4)
+    # Too few rows for all processors: their parts are shared.
+    block_in = _divisor(d_in, 128)
     num_splits = 1
     room = processors if num_tokens > 16 else 2 * processors
-    while (
-        num_blocks < 0.7 * processors
-        and 2 * num_blocks * num_splits <= room
-        and d_in % (2 * block_in * num_splits) == 0
-    ):
+    while 2 * num_blocks * num_splits <= room and d_in % (2 * block_in * num_splits) == 0:
         num_splits *= 2
-    return Tiling(64, block_in, num_splits)
+    return Tiling(64, block_in, num_splits, num_stages=3 if has_group else 4)
+
+
+def _divisor(size: int, largest: int) -> int:
+    """The largest power of two up to `largest`, itself one, that divides size."""
+    while size % largest:
+        largest //= 2
+    return largest
 
 
 def few_tokens_linear(
@@ -182,20 +192,20 @@ def few_tokens_linear(
     block_tokens = max(triton.next_power_of_2(num_tokens), 16)
     assert d_in % (tiling.block_in * tiling.num_splits) == 0
     counts = zero_counts(x.device)
-    half = len(counts) // 2
-    assert num_blocks <= half
+    assert num_blocks <= len(counts)
     partial = counts
     if tiling.num_splits > 1:
         size = tiling.num_splits * num_blocks * tiling.block_out * block_tokens
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     num_programs = num_blocks * tiling.num_splits
-    shrink = [x] * 7 + [0] * 6
+    shrink = [x] * 5 + [0] * 6
     members = 0
     if group is not None:
         members = len(group.d_outs)
-        num_programs += group.num_tiles * members * group.num_splits
+        assert group.num_splits == 1
+        num_programs += group.num_tiles * members
         shrink = [
-            group.shrunk, group.partial, counts[half:], group.tiles, group.bounds, group.addresses, group.scales,
+            group.shrunk, group.tiles, group.bounds, group.addresses, group.scales,
             *group.linears, group.num_tiles, group.bounds.shape[1], group.max_rows,
         ]  # fmt: skip
     few_tokens_linear_kernel[(num_programs,)](
@@ -205,7 +215,6 @@ def few_tokens_linear(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **launch_options(x.device),
         NUM_SPLITS=tiling.num_splits, BLOCK_TOKENS=block_tokens,
         BLOCK_OUT=tiling.block_out, BLOCK_IN=tiling.block_in, NUM_MEMBERS=members,
-        NUM_SHRINK_SPLITS=1 if group is None else group.num_splits,
         ALIGNED=group is not None and group.is_aligned,
         SHRINK_TOKENS=16 if group is None else group.block_tokens, SHRINK_ROWS=BLOCK_ROWS,
         SHRINK_IN=16 if group is None else group.block_in,

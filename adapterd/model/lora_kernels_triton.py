@@ -171,6 +171,7 @@ def expand_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """y[t, member's columns] += sum over the rank rows r of t's mix of shrunk[member, t, r] * B_r."""
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -183,11 +184,7 @@ def expand_kernel(
         offset = tl.where(member == 0, 0, tl.where(member == 1, d_out_0, d_out_0 + d_out_1))
         block -= tl.where(member == 0, 0, tl.where(member == 1, blocks_0, blocks_0 + blocks_1))
     first, count, begin, end = _rows_of(tiles, bounds, tile, linear, num_linears)
-    columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_column = (columns < d_out)[None, :]
-    # On its way before the kernel in front has ended; of most adapters this is all of B.
     b_rows, is_row = _pointers(addresses + 1, begin, end, y, ALIGNED, BLOCK_ROWS)
-    b_part = tl.load(b_rows[:, None] + columns[None, :], mask=is_row[:, None] & is_column, other=0.0)
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
@@ -195,23 +192,48 @@ def expand_kernel(
         offsets = tl.arange(0, BLOCK_TOKENS)
         is_token = (offsets < count)[:, None]
         tokens = (first + offsets).to(tl.int64)
-        lines = (member * num_tokens + tokens)[:, None] * max_rows
-        place = y + tokens[:, None] * y_stride + (offset + columns)[None, :]
-        before = tl.load(place, mask=is_token & is_column, other=0.0).to(tl.float32)
-        total = tl.zeros([BLOCK_TOKENS, BLOCK_OUT], dtype=tl.float32)
-        row = begin
-        while row < end:
-            within = (row - begin + tl.arange(0, BLOCK_ROWS))[None, :]
-            part = tl.load(shrunk + lines + within, mask=is_token & is_row[None, :], other=0.0)
-            if y.dtype.element_ty == tl.float32:
-                total = tl.dot(part, b_part, total, input_precision=PRECISION)
-            else:
-                # In two pieces of 16 bits, so that tensor cores multiply what shrink summed in float32.
-                high = part.to(y.dtype.element_ty)
-                low = (part - high.to(tl.float32)).to(y.dtype.element_ty)
-                total = tl.dot(high, b_part, total)
-                total = tl.dot(low, b_part, total)
-            row += BLOCK_ROWS
-            b_rows, is_row = _pointers(addresses + 1, row, end, y, ALIGNED, BLOCK_ROWS)
-            b_part = tl.load(b_rows[:, None] + columns[None, :], mask=is_row[:, None] & is_column, other=0.0)
-        tl.store(place, (before + total).to(y.dtype.element_ty), mask=is_token & is_column)
+        lines = shrunk + (member * num_tokens + tokens)[:, None] * max_rows
+        y_lines = y + tokens[:, None] * y_stride + offset
+        rows = tl.arange(0, BLOCK_ROWS)[None, :]
+        last_column = tl.minimum((block + 1) * BLOCK_OUT, d_out)
+        if end - begin <= BLOCK_ROWS:
+            # As most adapters are: what is expanded stays in registers, and B streams through.
+            part = tl.load(lines + rows, mask=is_token & is_row[None, :], other=0.0)
+            for start in range(block * BLOCK_OUT, last_column, BLOCK_COLUMNS):
+                columns = (start + tl.arange(0, BLOCK_COLUMNS))[None, :]
+                b_part = tl.load(
+                    b_rows[:, None] + columns, mask=is_row[:, None] & (columns < d_out), other=0.0
+                )
+                total = _add_product(
+                    part, b_part, tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32), PRECISION
+                )
+                _add_to(y_lines + columns, total, is_token & (columns < d_out))
+        else:
+            for start in range(block * BLOCK_OUT, last_column, BLOCK_COLUMNS):
+                columns = (start + tl.arange(0, BLOCK_COLUMNS))[None, :]
+                total = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], dtype=tl.float32)
+                for row in range(begin, end, BLOCK_ROWS):
+                    b_rows, is_row = _pointers(addresses + 1, row, end, y, ALIGNED, BLOCK_ROWS)
+                    part = tl.load(lines + (row - begin) + rows, mask=is_token & is_row[None, :], other=0.0)
+                    b_part = tl.load(
+                        b_rows[:, None] + columns, mask=is_row[:, None] & (columns < d_out), other=0.0
+                    )
+                    total = _add_product(part, b_part, total, PRECISION)
+                _add_to(y_lines + columns, total, is_token & (columns < d_out))
+
+
+@triton.jit
+def _add_product(part, b_part, total, PRECISION: tl.constexpr):
+    """total + part @ b_part, part in float32."""
+    if b_part.dtype == tl.float32:
+        return tl.dot(part, b_part, total, input_precision=PRECISION)
+    # In two pieces of 16 bits, so that tensor cores multiply what shrink summed in float32.
+    high = part.to(b_part.dtype)
+    low = (part - high.to(tl.float32)).to(b_part.dtype)
+    return tl.dot(low, b_part, tl.dot(high, b_part, total))
+
+
+@triton.jit
+def _add_to(places, total, mask):
+    before = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(places, (before + total).to(places.dtype.element_ty), mask=mask)

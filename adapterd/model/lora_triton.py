@@ -68,16 +68,16 @@ class GroupStep:
 
     def expand(self, y: torch.Tensor) -> None:
         """y: [num_tokens, sum of d_outs], changed in place."""
-        block_out = 128
-        if self.block_tokens == _SHORT_TILE and max(self.d_outs) >= 2048:
-            block_out = 512 if y.element_size() == 2 else 256
+        # Few long programs: each finds its rows by four loads that wait for one another, then streams.
+        is_short = self.block_tokens == _SHORT_TILE
+        block_out = 1024 if is_short and max(self.d_outs) >= 8192 else 512
         num_blocks = sum(-(-size // block_out) for size in self.d_outs)
         sizes = [*self.d_outs, *[0] * (_MAX_GROUP - len(self.d_outs))]
         expand_kernel[(num_blocks, self.num_tiles)](
             y, self.shrunk, self.tiles, self.bounds, self.addresses, *self.linears, *sizes,
             self.bounds.shape[1], len(self.x), self.max_rows, y.stride(0),
             NUM_MEMBERS=len(self.d_outs), **self._settings(), BLOCK_OUT=block_out,
-            num_warps=8 if self.block_tokens * block_out >= 8192 else 4, num_stages=2,
+            BLOCK_COLUMNS=256 if is_short and y.element_size() == 2 else 128, num_warps=4, num_stages=3,
         )  # fmt: skip
 
     def _settings(self) -> dict[str, object]:
@@ -170,15 +170,22 @@ class TritonLoraStep(LoraStep):
             group.shrink()
             group.expand(y)
 
-    def group(self, paths: Sequence[str], d_outs: Sequence[int], x: torch.Tensor) -> GroupStep | None:
-        """What the step adds to these linears, nothing of it launched; None if no mix of the step touches them."""
+    def group(
+        self, paths: Sequence[str], d_outs: Sequence[int], x: torch.Tensor, *, is_beside: bool = False
+    ) -> GroupStep | None:
+        """What the step adds to these linears, nothing of it launched; None if no mix of the step touches them.
+
+        is_beside: its shrink will run beside something longer, so that it need not be split.
+        """
         linears = [self._number(path) for path in paths]
         if self._touched is not None and self._touched.isdisjoint(linears):
             return None
         num_tokens, d_in = x.shape
         num_members = len(linears)
         x = x if x.stride(-1) == 1 else x.contiguous()
-        num_splits = min(triton.next_power_of_2(-(-d_in // _SPLIT_COLUMNS)), _MAX_SPLITS)
+        num_splits = 1
+        if not is_beside:
+            num_splits = min(triton.next_power_of_2(-(-d_in // _SPLIT_COLUMNS)), _MAX_SPLITS)
         size = num_members * num_tokens * self._max_rows
         sums = torch.empty((1 + (num_splits if num_splits > 1 else 0)) * size, device=x.device)
         per_16_bytes = 16 // x.element_size()

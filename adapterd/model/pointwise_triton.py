@@ -14,11 +14,6 @@ from adapterd.model.launch_triton import launch_options
 from adapterd.model.norms import FusedRMSNorm
 
 _HEADS_PER_PROGRAM = 4
-_AHEAD_CHUNK = 4096
-_MAX_AHEAD_BYTES = 32 << 20
-"""Of an H200's cache of 60 MB, which holds some things twice."""
-_AHEAD_TOKENS = 64
-"""For more, products do not wait for their weights."""
 
 
 @triton.jit
@@ -102,8 +97,6 @@ def turn_and_write_kernel(
     keys,  # [num_slots, NUM_KV_HEADS, 2 HALF]: written
     values,  # [num_slots, NUM_KV_HEADS, VALUE_DIM]: written
     slot_mapping,  # int64 [num_tokens]; below 0: nowhere
-    ahead,  # bytes that are on their way to the cache, if AHEAD_CHUNK is not 0
-    ahead_bytes,
     qkv_stride,
     q_eps,
     q_offset,
@@ -115,7 +108,6 @@ def turn_and_write_kernel(
     VALUE_DIM: tl.constexpr,
     HAS_NORM: tl.constexpr,
     CHAINED: tl.constexpr,
-    AHEAD_CHUNK: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -130,16 +122,6 @@ def turn_and_write_kernel(
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
-    if AHEAD_CHUNK > 0:
-        program = tl.program_id(0) * tl.num_programs(1) + block
-        step = 64 * AHEAD_CHUNK
-        for start in range(program * step, ahead_bytes, tl.num_programs(0) * tl.num_programs(1) * step):
-            offsets = start + tl.arange(0, 64) * AHEAD_CHUNK
-            addresses = ahead.to(tl.int64) + tl.minimum(offsets, ahead_bytes - AHEAD_CHUNK)
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], 4096; mov.u32 $0, 0;", "=r,l", [addresses],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
     if block < query_blocks:
         heads = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
         first, second = _turned_heads(
@@ -218,22 +200,16 @@ def turn_and_write(
     pool: KVPool,
     layer: int,
     slot_mapping: torch.Tensor,
-    *,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and turn queries and keys, write keys and values to the pool; queries [num_tokens, num_heads, key_dim].
 
     qkv: [num_tokens, all heads side by side], changed in place, which is where the queries stay; cos, sin:
     [num_tokens, key_dim]; slot_mapping: int64 [num_tokens], below 0 for a row that is written nowhere. The turn is
-    that of Llama: a head's first half with its second. ahead: weights of the next product, which can be brought into
-    the cache while attention leaves the memory idle. Raises RuntimeError if only a part of a head is turned.
+    that of Llama: a head's first half with its second. Raises RuntimeError if only a part of a head is turned.
     """
     num_tokens = qkv.shape[0]
     if cos.shape[-1] != heads.key_dim:
         raise RuntimeError(f"{cos.shape[-1]} of {heads.key_dim} places are turned; only whole heads can be")
-    options = launch_options(qkv.device)
-    is_ahead = ahead is not None and options["CHAINED"] and num_tokens <= _AHEAD_TOKENS
-    num_ahead = min(ahead.nbytes // _AHEAD_CHUNK * _AHEAD_CHUNK, _MAX_AHEAD_BYTES) if ahead is not None else 0
     q_norm, k_norm = heads.q_norm, heads.k_norm
     half = heads.key_dim // 2
     block_heads = min(_HEADS_PER_PROGRAM, triton.next_power_of_2(heads.num_heads))
@@ -241,12 +217,11 @@ def turn_and_write(
     turn_and_write_kernel[(num_tokens, num_blocks)](
         qkv, cos, sin,
         qkv if q_norm is None else q_norm.weight, qkv if k_norm is None else k_norm.weight,
-        pool.keys[layer], pool.values[layer], slot_mapping, qkv if ahead is None else ahead, num_ahead, qkv.stride(0),
+        pool.keys[layer], pool.values[layer], slot_mapping, qkv.stride(0),
         0.0 if q_norm is None else q_norm.eps, 0.0 if q_norm is None else q_norm.offset,
         0.0 if k_norm is None else k_norm.eps, 0.0 if k_norm is None else k_norm.offset,
         NUM_HEADS=heads.num_heads, NUM_KV_HEADS=heads.num_kv_heads, HALF=half, VALUE_DIM=heads.value_dim,
         HAS_NORM=q_norm is not None, BLOCK_HEADS=block_heads, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_VALUE=triton.next_power_of_2(heads.value_dim), **options,
-        AHEAD_CHUNK=_AHEAD_CHUNK if is_ahead else 0, num_warps=2,
+        BLOCK_VALUE=triton.next_power_of_2(heads.value_dim), **launch_options(qkv.device), num_warps=2,
     )  # fmt: skip
     return qkv[:, : heads.num_heads * heads.key_dim].view(num_tokens, heads.num_heads, heads.key_dim)
