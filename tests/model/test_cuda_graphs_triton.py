@@ -86,7 +86,7 @@ def test_replayed_steps_are_the_steps_themselves(offline: Offline) -> None:
     assert isinstance(step, TritonLoraStep)
     recorder = run_again if IS_INTERPRETED else CudaGraphRecorder()
     graphs = GraphedForward(base, step, runner.kv, 6, recorder)
-    first = runner.run(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens) for s in sequences)))
+    first = runner.launch(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens) for s in sequences))).collect()
     for sequence, sampled in zip(sequences, first, strict=True):
         assert sampled.token_id is not None
         sequence.token_ids.append(sampled.token_id)
@@ -98,7 +98,7 @@ def test_replayed_steps_are_the_steps_themselves(offline: Offline) -> None:
         logits = graphs.run(scheduled, segments_of(offline, scheduled))
         assert logits is not None
         found = logits.float().log_softmax(-1).cpu()
-        expected = runner.run(Batch(tuple(scheduled)))
+        expected = runner.launch(Batch(tuple(scheduled))).collect()
         for row, sampled in zip(found, expected, strict=True):
             check_row(row, sampled)
         for sequence, sampled in zip(chosen, expected, strict=True):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adapterd.core import SampledToken, SamplingParams
-from adapterd.model.sampler import SamplerRow, logprobs_of, sample, uniform
+from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling, uniform
+from adapterd.model.transfer import Readback
 
 VOCAB_SIZE = 24
 FREE = SamplingParams(max_tokens=8)
@@ -24,7 +25,15 @@ def row(
     output: Sequence[int] = (),
     suppressed: Sequence[int] = (),
 ) -> SamplerRow:
-    return SamplerRow(params, seed, [*prompt, *output], len(prompt), frozenset(suppressed))
+    return SamplerRow(params, seed, [*prompt, *output], len(prompt), len(output), frozenset(suppressed))
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+    readback = Readback(logits.device)
+    sampling = start_sampling(logits, rows, readback)
+    readback.close()
+    readback.wait()
+    return sampling.results()
 
 
 def random_logits(num_rows: int, seed: int = 0) -> torch.Tensor:
@@ -228,7 +237,7 @@ def test_logprobs_are_of_the_raw_distribution_with_rank_and_alternatives() -> No
 
 def test_logprobs_of_given_tokens_may_ask_for_more_alternatives_than_there_are_tokens() -> None:
     logits = random_logits(2)
-    found = logprobs_of(logits, [3, 20], 100)
+    found = start_logprobs(logits, torch.tensor([3, 20]), [100, 100], Readback(logits.device)).entries()
     assert [len(entry.top) for entry in found] == [VOCAB_SIZE, VOCAB_SIZE]
     assert [entry.logprob for entry in found] == pytest.approx(
         [dict(entry.top)[entry.token_id] for entry in found]
