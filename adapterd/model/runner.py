@@ -153,7 +153,7 @@ class Runner:
             positions.extend(range(item.start, item.end))
         parts = (ids, positions, keep, pending_rows, sources)
         numbers = to_device(torch.tensor([n for part in parts for n in part]), self._base.device)
-        on_device = numbers.split([len(part) for part in parts])
+        on_device = numbers.split_with_sizes([len(part) for part in parts])
         if pending_rows:
             on_device[0].index_copy_(0, on_device[3], self._last.tokens.index_select(0, on_device[4]))
         return on_device[0], on_device[1], on_device[2]

@@ -21,6 +21,8 @@ from adapterd.model.transfer import Readback, to_device
 _GREEDY_BELOW = 1e-5
 """Temperatures under this choose the likeliest token: dividing by them would overflow float32."""
 
+_PIECE = 512
+
 
 @dataclass(frozen=True)
 class SamplerRow:
@@ -74,10 +76,9 @@ class Sampling:
 def start_sampling(logits: torch.Tensor, rows: Seq[SamplerRow], readback: Readback) -> Sampling:
     """logits: [num_rows, vocab_size], any float dtype -> one token a row."""
     adjusted = _adjust(logits, rows)
-    likeliest = adjusted.argmax(-1, keepdim=True)
     # NaN counts as the greatest, so this one value tells of any that is none: no second reading of the vocabulary.
-    peaks = adjusted.gather(-1, likeliest)[:, 0]
-    chosen = _draw_where_asked(adjusted, rows, likeliest[:, 0])
+    peaks, likeliest = _greatest(adjusted)
+    chosen = _draw_where_asked(adjusted, rows, likeliest)
     wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     logprobs = None
     if wanted:
@@ -90,26 +91,20 @@ def start_sampling(logits: torch.Tensor, rows: Seq[SamplerRow], readback: Readba
 
 @dataclass(frozen=True)
 class RowLogprobs:
-    """On their way to the host: what the raw distribution says of one token a row."""
+    """On their way to the host: what the raw distribution says of one token a row.
 
-    _token_ids: torch.Tensor
-    _own: torch.Tensor
-    _ranks: torch.Tensor
-    _top_ids: torch.Tensor
-    _top_values: torch.Tensor
-    _num_top: Seq[int]
+    columns: token ids, their log probabilities and ranks, [num_rows]; likeliest ids and theirs, [num_rows, num_top].
+    """
+
+    columns: tuple[torch.Tensor, ...]
+    num_top: Seq[int]
 
     def entries(self) -> tuple[TokenLogprobs, ...]:
         """After the readback's `wait`."""
         return tuple(
             TokenLogprobs(token_id, logprob, rank, tuple(zip(ids[:count], values[:count], strict=True)))
             for token_id, logprob, rank, ids, values, count in zip(
-                *(
-                    t.tolist()
-                    for t in (self._token_ids, self._own, self._ranks, self._top_ids, self._top_values)
-                ),
-                self._num_top,
-                strict=True,
+                *(column.tolist() for column in self.columns), self.num_top, strict=True
             )
         )
 
@@ -123,7 +118,7 @@ def start_logprobs(
     ranks = (log_probs > own).sum(-1) + 1
     top_values, top_ids = log_probs.topk(min(max(num_top), log_probs.shape[-1]), dim=-1)
     found = (token_ids, own[:, 0], ranks, top_ids, top_values)
-    return RowLogprobs(*(readback.begin(tensor) for tensor in found), num_top)
+    return RowLogprobs(tuple(readback.begin(tensor) for tensor in found), num_top)
 
 
 def _adjust(logits: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
@@ -160,6 +155,24 @@ def _places(values: Mapping[int, float], device: torch.device) -> tuple[torch.Te
     both = torch.tensor([list(values), list(values.values())], dtype=torch.float64)
     places, numbers = to_device(both, device)
     return places.long(), numbers.float()
+
+
+def _greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and place of each row's first greatest logit, as `logits.max(-1)`: [num_rows] and int64 [num_rows]."""
+    if logits.device.type != "cpu":
+        return logits.max(-1)
+    # torch's max with places goes one by one, its max without in vectors: so first which piece, then where in it.
+    # Measured at 16 rows of 151,936 in bfloat16, one core: 1.0 ms for 2.4, and for 31 by argmax.
+    vocab_size = logits.shape[-1]
+    num_whole = vocab_size // _PIECE
+    whole, rest = logits[:, : num_whole * _PIECE], logits[:, num_whole * _PIECE :]
+    peaks = [whole.unflatten(-1, (num_whole, _PIECE)).amax(-1)]
+    if rest.shape[-1]:
+        peaks.append(rest.amax(-1, keepdim=True))
+    start = torch.cat(peaks, dim=-1).argmax(-1, keepdim=True) * _PIECE
+    places = (start + torch.arange(_PIECE)).clamp_(max=vocab_size - 1)
+    values, within = logits.gather(-1, places).max(-1, keepdim=True)
+    return values[:, 0], (start + within)[:, 0]
 
 
 def _draw_where_asked(logits: torch.Tensor, rows: Seq[SamplerRow], likeliest: torch.Tensor) -> torch.Tensor:

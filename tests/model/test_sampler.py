@@ -143,6 +143,24 @@ def test_greedy_takes_the_likeliest_and_so_does_a_temperature_near_zero() -> Non
         assert [token_of(result) for result in sample(logits, rows)] == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 24, 512, 513, 1024, 2000])
+def test_likeliest_is_the_first_of_the_greatest_in_any_vocabulary(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(40, vocab_size, generator=generator).to(dtype)
+    logits[:5] = logits[:5].round()  # ties
+    logits[5, -1] = 99
+    greedy = row(replace(FREE, temperature=0.0))
+    found = [token_of(result) for result in sample(logits, [greedy] * 40)]
+    assert found == [line.index(max(line)) for line in logits.tolist()]
+    for place in {0, vocab_size // 2, vocab_size - 1}:
+        logits[:, place] = float("nan")
+        assert all(result.error for result in sample(logits, [greedy] * 40))
+        logits[:, place] = -1.0
+
+
 def penalised(
     logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]
 ) -> list[float]:
