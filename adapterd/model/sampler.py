@@ -166,7 +166,7 @@ def _greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     vocab_size = logits.shape[-1]
     num_whole = vocab_size // _PIECE
     whole, rest = logits[:, : num_whole * _PIECE], logits[:, num_whole * _PIECE :]
-    peaks = [whole.unflatten(-1, (num_whole, _PIECE)).amax(-1)]
+    peaks = [whole.view(len(logits), num_whole, _PIECE).amax(-1)]
     if rest.shape[-1]:
         peaks.append(rest.amax(-1, keepdim=True))
     start = torch.cat(peaks, dim=-1).argmax(-1, keepdim=True) * _PIECE
