@@ -350,7 +350,8 @@ class Engine:
         self._take_inbox()
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
         self._stats = self._snapshot()
-        return [ended(sequence, "error", reason) for sequence in sequences]
+        # What had been read by then stands, the ends of those that run no more among it.
+        return [*self._to_deliver, *(ended(sequence, "error", reason) for sequence in sequences)]
 
     def _snapshot(self) -> EngineStats:
         page_bytes = self._memory.adapter_page_bytes

@@ -75,6 +75,7 @@ class Device:
     max_in_flight: int
     num_steps_with_edits: int = 0
     error: Exception | None = None
+    fails_at: int | None = None
     log: list[str] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     uncollected: deque[Step] = field(default_factory=deque)
@@ -91,6 +92,8 @@ class Device:
 
     def launch(self, batch: Batch) -> Step:
         assert len(self.uncollected) <= self.max_in_flight
+        if len(self.batches) == self.fails_at:
+            raise RuntimeError("device lost")
         flying = {
             i for step in self.batches[len(self.batches) - len(self.uncollected) :] for i in ids_of(step)
         }
@@ -307,6 +310,26 @@ def test_device_that_fails_late_fails_every_request(engine: Engine, device: Devi
     assert arrived.wait(20)
     assert [(output.index, output.finish_reason) for output in told] == [(0, "error"), (1, "error")]
     assert engine.stats().failed == "RuntimeError in the engine"
+
+
+def test_answer_that_ended_before_the_device_failed_is_delivered(engine: Engine, device: Device) -> None:
+    """Regression: its end had been read in the very step whose launch failed, and nobody was told."""
+    told: list[Output] = []
+    arrived = threading.Event()
+
+    def deliver(outputs: list[Output]) -> None:
+        told.extend(outputs)
+        if outputs[-1].finish_reason == "error":
+            arrived.set()
+
+    # A penalised row has the last step read before the next is launched: with the short answer's end.
+    engine.submit(make_request("short", params=replace(PARAMS, max_tokens=2)))
+    engine.submit(make_request("long", params=replace(PENALISED, max_tokens=9)))
+    device.fails_at = 2
+    engine.start(deliver)
+    assert arrived.wait(20)
+    ends = {output.request_id: output.finish_reason for output in told if output.finish_reason}
+    assert ends == {"short": "length", "long": "error"}
 
 
 def test_engine_that_stops_leaves_nothing_in_flight(engine: Engine, device: Device) -> None:
