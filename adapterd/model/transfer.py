@@ -12,6 +12,7 @@ class Readback:
     """Tensors on their way to the host, behind the kernels that make them. `begin` each, `close`, and `wait` later."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -26,7 +27,7 @@ class Readback:
     def close(self) -> None:
         """After the last `begin`."""
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """Until everything has arrived."""
