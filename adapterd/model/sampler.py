@@ -138,7 +138,7 @@ def _adjust(logits: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
         shifts |= dict.fromkeys([first + token for token in row.suppressed_token_ids], -inf)
     if not factors and not shifts:
         return logits
-    adjusted = torch.empty(logits.shape, device=logits.device).copy_(logits)
+    adjusted = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
     flat = adjusted.view(-1)
     if factors:
         places, factor = _places(factors, logits.device)
