@@ -68,6 +68,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which tokens came before, beside the model."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -110,6 +115,8 @@ class Sequence:
     `token_ids` is prompt then output; `num_computed_tokens` of them have their keys and values in the
     blocks of `block_table`. There is no prefill or decode flag: a step computes some of
     `num_tokens - num_computed_tokens`, and a step that reaches `num_tokens` samples the next.
+    A step in flight counts as computed: `num_in_flight` of them have this sequence, and `num_pending` tokens that
+    they sample come after `token_ids`, each with its place but not known yet. Without any, both are 0.
     `passed_by_since_seconds` is when it first stood at its turn while its adapter found no memory.
     """
 
@@ -124,10 +131,13 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     passed_by_since_seconds: float | None = None
     num_preemptions: int = 0
+    num_in_flight: int = 0
+    num_pending: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Known or pending."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -135,6 +145,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """Known ones."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
@@ -144,19 +155,23 @@ class Sequence:
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """`num_tokens` of a sequence to compute in this step, from `start` on; sampled if that reaches its end."""
+    """`num_tokens` of a sequence to compute in this step, from `start` on; sampled if that reaches its end.
+
+    `samples` is fixed where this is made: later the sequence has more tokens. The last token may be one that the
+    step before samples and nobody has read yet: then `end` is past the sequence's `token_ids`.
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.end == self.sequence.num_tokens)
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        return self.end == self.sequence.num_tokens
 
 
 @dataclass(frozen=True)

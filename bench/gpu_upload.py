@@ -183,12 +183,12 @@ class UploadBench:
     def _watch_schedule(self) -> None:
         """Note when a new adapter is first in a batch that is about to run."""
         scheduler = self.offline.engine._scheduler
-        schedule: Callable[[], Batch] = scheduler.schedule
+        schedule: Callable[[], Batch | None] = scheduler.schedule
 
-        def noted() -> Batch:
+        def noted() -> Batch | None:
             batch = schedule()
             now = time.perf_counter()
-            for item in batch.scheduled:
+            for item in batch.scheduled if batch is not None else ():
                 for adapter_id, _ in item.sequence.mix:
                     if adapter_id not in self._first_use and item.start == 0:
                         self._first_use[adapter_id] = now

@@ -9,8 +9,9 @@ from typing import Protocol
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterEvents, AdapterId, AdapterMix, FinishReason, Output, RequestId, TokenLogprobs
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.engine import Engine, EngineMemory
+from adapterd.engine.engine import Engine
 from adapterd.engine.scheduler import SchedulerLimits
+from adapterd.engine.seams import EngineMemory
 from adapterd.errors import AdapterRefused
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE

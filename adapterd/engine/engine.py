@@ -2,6 +2,10 @@
 
 `step` is the table of contents. Other threads only put requests and wishes into the inbox and read the stats;
 everything else belongs to the thread that steps.
+
+Where the runner lets a step be in flight, the next one is decided and launched before its tokens are known, so that
+the device never waits for what happens here. Whatever hangs on those tokens is put right once they are read: a
+sequence that stopped has by then at most one row too many, whose result is thrown away.
 """
 
 import hashlib
@@ -11,8 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from adapterd.core import (
     AdapterEvents,
@@ -25,63 +27,22 @@ from adapterd.core import (
     Output,
     Request,
     RequestId,
-    SampledToken,
     Sequence,
 )
 from adapterd.engine.blocks import BlockPool
+from adapterd.engine.checks import RequestChecks
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.outputs import OutputBuilder
+from adapterd.engine.outputs import OutputBuilder, ended
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
+from adapterd.engine.seams import BatchRunner, EngineMemory, HostWeights, LaunchedStep
 from adapterd.engine.slots import AdapterSlots
-from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from adapterd.errors import Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Output]], None]
 
-PINNED_RETRY_SECONDS = 10
-"""What clients are told to wait where all adapter memory is pinned: until an operator has done something."""
-
 _UPLOAD_POLL_SECONDS = 0.05
-
-
-Uploaded = Callable[[AdapterId, str | None], None]
-"""Told, from any thread, that an upload has ended, and why it came to nothing if it did."""
-
-
-class BatchRunner(Protocol):
-    """The seam to the device; `model.runner.Runner` is the real one.
-
-    `run` begins the batch's uploads and does not wait for them; each is told once to what `on_uploaded` was given.
-
-    `num_steps_with_edits` counts steps whose adapters change more than linears: no graph and no fast layer holds them.
-    """
-
-    @property
-    def num_steps_with_edits(self) -> int: ...
-
-    def run(self, batch: Batch) -> list[SampledToken]: ...
-
-    def on_uploaded(self, tell: Uploaded) -> None: ...
-
-
-class HostWeights(Protocol):
-    """Keeps adapters' weights on the host while sequences may need them; see `engine.build.WeightsInUse`."""
-
-    def hold(self, mix: AdapterMix) -> None: ...
-
-    def release(self, mix: AdapterMix) -> None: ...
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """What the runner has set aside. `pages_of` tells what an adapter version takes of `num_adapter_pages`."""
-
-    num_kv_blocks: int
-    kv_block_size: int
-    num_adapter_pages: int
-    adapter_page_bytes: int
-    pages_of: Callable[[AdapterId], int]
 
 
 class Engine:
@@ -104,9 +65,11 @@ class Engine:
         self._weights = weights
         self._memory = memory
         self._max_queue = max_queue
-        self._vocab_size = spec.vocab_size
         self._clock = clock
         self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
+        self._checks = RequestChecks(
+            memory, weights, vocab_size=spec.vocab_size, max_model_len=self.max_model_len
+        )
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
         self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
@@ -114,7 +77,8 @@ class Engine:
         self._wished: list[
             AdapterMix
         ] = []  # pins and prefetches whose weights are held until they are uploaded
-        self._refused: list[Output] = []
+        self._in_flight: deque[tuple[Batch, LaunchedStep]] = deque()
+        self._to_deliver: list[Output] = []
         self._upload_began: dict[AdapterId, float] = {}
         self._upload_seconds = 0.0
         runner.on_uploaded(lambda adapter_id, error: self._post(lambda: self._uploaded(adapter_id, error)))
@@ -139,11 +103,11 @@ class Engine:
         cannot hold its adapters together), Overloaded (queue full, or adapter memory full of pinned ones) or
         Unavailable (engine dead or stopping).
         """
-        self.check_length(len(request.prompt_token_ids), request.params.max_tokens)
-        self._check_token_ids(request)
-        pages = self._pages_of(request.mix)
+        self._checks.check_length(len(request.prompt_token_ids), request.params.max_tokens)
+        self._checks.check_token_ids(request)
+        pages = self._checks.pages_of(request.mix)
         with self._changed:
-            self._check_beside_pinned(pages)
+            self._checks.check_beside_pinned(pages, self._pinned_pages)
             if self._failed is not None:
                 raise Unavailable(f"the engine has stopped: {self._failed}")
             if self._stopping:
@@ -160,57 +124,6 @@ class Engine:
             self._inbox.append(lambda: self._begin(request))
             self._changed.notify()
 
-    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Raise ContextLengthExceeded unless prompt and answer fit the context together."""
-        if num_prompt_tokens + max_tokens > self.max_model_len or num_prompt_tokens == 0:
-            raise ContextLengthExceeded(
-                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; together they must "
-                f"be within the context of {self.max_model_len} tokens, and the prompt must not be empty",
-                param="max_tokens" if 0 < num_prompt_tokens < self.max_model_len else "messages",
-            )
-
-    def _check_token_ids(self, request: Request) -> None:
-        """An id beyond the embedding would not fail its request but the step, and everyone in it."""
-        params = request.params
-        ids = (*request.prompt_token_ids, *params.stop_token_ids, *(token for token, _ in params.logit_bias))
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise InvalidRequest(
-                f"token ids must be from 0 to {self._vocab_size - 1}; the request has {min(ids)} to {max(ids)}",
-                param="prompt",
-            )
-
-    def _pages_of(self, mix: AdapterMix) -> dict[AdapterId, int]:
-        """What each adapter of a leased mix takes. A mix that can never be resident at once would wait for ever."""
-        memory = self._memory
-        self._weights.hold(mix)
-        pages = {adapter_id: memory.pages_of(adapter_id) for adapter_id, _ in mix}
-        self._weights.release(mix)
-        if sum(pages.values()) > memory.num_adapter_pages:
-            names = " and ".join(f"'{adapter_id.name}'" for adapter_id in pages)
-            raise AdapterRefused(
-                f"{names} need {self._mib(sum(pages.values()))} of adapter memory at once and the budget is "
-                f"{self._mib(memory.num_adapter_pages)}; start with a larger --adapter-memory",
-                param="model",
-            )
-        return pages
-
-    def _check_beside_pinned(self, pages: dict[AdapterId, int]) -> None:
-        """Raise Overloaded where pinned adapters leave too little; called with the lock held."""
-        if not pages or not self._pinned_pages:
-            return
-        others = sum(count for pinned, count in self._pinned_pages.items() if pinned not in pages)
-        if others + sum(pages.values()) > self._memory.num_adapter_pages:
-            names = " and ".join(f"'{adapter_id.name}'" for adapter_id in pages)
-            raise Overloaded(
-                f"no adapter memory for {names}: {self._mib(sum(pages.values()))} are needed, and pinned adapters "
-                f"take {self._mib(others)} of {self._mib(self._memory.num_adapter_pages)}; unpin one, or start with "
-                "a larger --adapter-memory",
-                retry_after_seconds=PINNED_RETRY_SECONDS,
-            )
-
-    def _mib(self, num_pages: int) -> str:
-        return f"{num_pages * self._memory.adapter_page_bytes / 2**20:.1f} MiB"
-
     def abort(self, request_id: RequestId) -> None:
         """Free a request's sequences before the next step. Finished and unknown ids are harmless."""
         self._post(lambda: self._abort(request_id))
@@ -224,13 +137,13 @@ class Engine:
     def pin(self, adapter_id: AdapterId) -> None:
         """Upload a version that the caller has leased before all others, and keep it in adapter memory.
 
-        Returns at once; `wait_resident` waits. Pinning twice is harmless. Raises AdapterRefused (larger than all
-        adapter memory) or Overloaded (too little is left beside what is pinned).
+        Returns at once; the stats tell when it is there. Pinning twice is harmless. Raises AdapterRefused (larger
+        than all adapter memory) or Overloaded (too little is left beside what is pinned).
         """
         mix = ((adapter_id, 1.0),)
-        pages = self._pages_of(mix)
+        pages = self._checks.pages_of(mix)
         with self._changed:
-            self._check_beside_pinned(pages)
+            self._checks.check_beside_pinned(pages, self._pinned_pages)
             self._pinned_pages |= pages
         self._wish(mix, lambda: self._scheduler.residency.pin(adapter_id))
 
@@ -246,15 +159,10 @@ class Engine:
         Raises AdapterRefused or Overloaded as `pin` does.
         """
         mix = ((adapter_id, 1.0),)
-        pages = self._pages_of(mix)
+        pages = self._checks.pages_of(mix)
         with self._changed:
-            self._check_beside_pinned(pages)
+            self._checks.check_beside_pinned(pages, self._pinned_pages)
         self._wish(mix, lambda: self._scheduler.residency.prefetch(adapter_id))
-
-    def wait_resident(self, adapter_id: AdapterId, timeout: float) -> bool:
-        """Wait until a version is in adapter memory, at most `timeout` seconds; whether that came about."""
-        with self._changed:
-            return self._changed.wait_for(lambda: adapter_id in self._stats.resident, timeout)
 
     def stats(self) -> EngineStats:
         """The counters as of the last step."""
@@ -268,7 +176,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step it is in. Unfinished requests get no more outputs."""
+        """End the thread after the steps it is in. Unfinished requests get no more outputs."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -278,27 +186,25 @@ class Engine:
     # What the engine's own thread does.
 
     def step(self) -> list[Output]:
-        """One turn of the crank."""
+        """One turn of the crank: launch the next step, then read the one before it, or itself on a CPU."""
         batch = self._schedule()
-        sampled = self._runner.run(batch)
-        built = self._outputs.build(batch, sampled)
-        finished = [sequence for sequence, output in built if output.finish_reason is not None]
-        spoiled = [sequence for sequence, output in built if output.finish_reason == "error"]
-        self._scheduler.update(batch, finished, spoiled)
-        for sequence in finished:
-            self._forget(sequence)
+        is_idle = not batch.scheduled and not self._in_flight
+        self._launch(batch)
+        self._collect(max_left=self._runner.max_in_flight if batch.scheduled else 0)
         self._release_wished()
-        self._num_steps += 1
-        self._num_tokens_computed += batch.num_tokens
         self._publish_stats()
-        refused, self._refused = self._refused, []
-        if not batch.scheduled and not refused:
+        outputs, self._to_deliver = self._to_deliver, []
+        if is_idle and not outputs:
             self._wait_for_uploads()
-        return [*refused, *(output for _, output in built)]
+        return outputs
 
     def has_work(self) -> bool:
         return bool(
-            self._inbox or self._scheduler.running or self._scheduler.waiting or self._slots.num_uploading
+            self._inbox
+            or self._in_flight
+            or self._scheduler.running
+            or self._scheduler.waiting
+            or self._slots.num_uploading
         )
 
     def check_integrity(self) -> None:
@@ -311,6 +217,7 @@ class Engine:
                 outputs = self.step()
                 if outputs:
                     deliver(outputs)
+            self._collect(max_left=0)
         except BaseException as error:
             # The step may have left device and books apart, so nothing more is computed: every sequence is
             # told, and /livez turns red so that the process is replaced. Panics of native code are no Exception,
@@ -371,11 +278,15 @@ class Engine:
     def _refuse(self, sequence: Sequence, reason: FinishReason, error: str) -> None:
         """End a sequence that cannot run; said with the outputs of this step."""
         self._forget(sequence)
-        self._refused.append(_ended(sequence, reason, error))
+        self._to_deliver.append(ended(sequence, reason, error))
 
     def _schedule(self) -> Batch:
         num_taken = self._take_inbox()
         batch = self._scheduler.schedule()
+        if batch is None:
+            self._collect(max_left=0)
+            batch = self._scheduler.schedule()
+            assert batch is not None
         self._upload_began |= dict.fromkeys(batch.uploads, self._clock())
         for sequence in self._scheduler.take_refused():
             self._refuse(
@@ -387,13 +298,27 @@ class Engine:
             self._stats = self._snapshot()
         return batch
 
+    def _launch(self, batch: Batch) -> None:
+        self._in_flight.append((batch, self._runner.launch(batch)))
+
+    def _collect(self, *, max_left: int) -> None:
+        """Read the oldest steps until so many are left in flight: what they came to, and what that ends."""
+        while len(self._in_flight) > max_left:
+            batch, launched = self._in_flight.popleft()
+            built = self._outputs.build(batch, launched.collect())
+            finished = [sequence for sequence, output in built if output.finish_reason is not None]
+            spoiled = [sequence for sequence, output in built if output.finish_reason == "error"]
+            self._scheduler.update(batch, finished, spoiled)
+            for sequence in finished:
+                self._forget(sequence)
+            self._to_deliver += [output for _, output in built]
+            self._num_steps += 1
+            self._num_tokens_computed += batch.num_tokens
+
     def _publish_stats(self) -> None:
         stats = self._snapshot()
         with self._changed:
-            has_moved = stats.resident != self._stats.resident
             self._stats = stats
-            if has_moved:
-                self._changed.notify_all()  # whoever waits for an adapter
 
     def _take_inbox(self) -> int:
         """Do what other threads asked for; returns how many sequences they had submitted."""
@@ -425,7 +350,8 @@ class Engine:
         self._take_inbox()
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
         self._stats = self._snapshot()
-        return [_ended(sequence, "error", reason) for sequence in sequences]
+        # What had been read by then stands, the ends of those that run no more among it.
+        return [*self._to_deliver, *(ended(sequence, "error", reason) for sequence in sequences)]
 
     def _snapshot(self) -> EngineStats:
         page_bytes = self._memory.adapter_page_bytes
@@ -457,22 +383,6 @@ class Engine:
             num_uploading=self._slots.num_uploading,
             upload_seconds=self._upload_seconds,
         )
-
-
-def _ended(sequence: Sequence, reason: FinishReason, error: str) -> Output:
-    """The last output of a sequence that ends without an answer of its own."""
-    return Output(
-        request_id=sequence.request.id,
-        index=sequence.index,
-        token_ids=(),
-        text="",
-        logprobs=(),
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_cached_tokens=0,
-        num_output_tokens=sequence.num_output_tokens,
-        finish_reason=reason,
-        error=error,
-    )
 
 
 def _sequence_seed(seed: int, index: int) -> int:

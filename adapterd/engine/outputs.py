@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from adapterd.core import Batch, FinishReason, Output, SampledToken, Sequence, TokenLogprobs
+from adapterd.core import Batch, FinishReason, Output, SampledToken, Sequence, SequenceState, TokenLogprobs
 from adapterd.engine.detokenizer import Detokenizer, Vocabulary
 
 
@@ -46,9 +46,14 @@ class OutputBuilder:
         self._answers.pop(id(sequence), None)
 
     def build(self, batch: Batch, sampled: list[SampledToken]) -> list[tuple[Sequence, Output]]:
-        """Outputs of the sequences that got a token or an error; those still in their prompt have none."""
+        """Outputs of the sequences that got a token or an error; those still in their prompt have none.
+
+        Nor have those that ended, by a stop or an abort, while the batch was in flight.
+        """
         built = []
         for item, result in zip(batch.scheduled, sampled, strict=True):
+            if item.sequence.state is SequenceState.FINISHED:
+                continue
             answer = self._answers[id(item.sequence)]
             # After a preemption prompt tokens run again; what was already said of them is not said twice.
             new = item.start + len(result.prompt_logprobs) - len(answer.prompt_logprobs)
@@ -95,7 +100,7 @@ class OutputBuilder:
             return _Ending("stop", shows_token=not request.params.skip_special_tokens)
         if (
             sequence.num_output_tokens >= request.params.max_tokens
-            or sequence.num_tokens >= self._max_model_len
+            or len(sequence.token_ids) >= self._max_model_len
         ):
             return _Ending("length")
         return None
@@ -124,3 +129,19 @@ class OutputBuilder:
             prompt_logprobs=prompt_logprobs,
             error=error,
         )
+
+
+def ended(sequence: Sequence, reason: FinishReason, error: str) -> Output:
+    """The last output of a sequence that ends without an answer of its own."""
+    return Output(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        token_ids=(),
+        text="",
+        logprobs=(),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=0,
+        num_output_tokens=sequence.num_output_tokens,
+        finish_reason=reason,
+        error=error,
+    )

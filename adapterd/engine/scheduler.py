@@ -2,6 +2,9 @@
 
 There is no prefill or decode: a step computes some of `num_tokens - num_computed_tokens`. A prompt cut into
 chunks, a prefix found in the cache and a sequence that lost its memory are the same case.
+
+A step is in flight from `schedule` to `update`, and the next may be scheduled meanwhile, on the count of its tokens
+alone. A sequence that ends while it is in flight keeps its blocks and adapters until those steps have been read.
 """
 
 import heapq
@@ -30,6 +33,10 @@ class SchedulerLimits:
     max_adapter_drain_seconds: float = 10.0
 
 
+class _ResultsNeeded(Exception):
+    """Of steps in flight, before this step can be decided."""
+
+
 class Scheduler:
     """Waiting and running sequences, first come first served as far as their adapters are in memory."""
 
@@ -49,6 +56,7 @@ class Scheduler:
         )
         self.waiting = WaitingLines()
         self.running: list[Sequence] = []  # oldest first
+        self._leaving: list[Sequence] = []  # finished, and still in flight
         self._refused: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
@@ -59,15 +67,26 @@ class Scheduler:
         self.waiting.append(sequence)
         self._slots.want(sequence.mix)
 
-    def schedule(self) -> Batch:
-        """The next step's batch: running sequences first, then as many waiting ones as fit."""
-        self._plan_adapters()
+    def schedule(self) -> Batch | None:
+        """The next step's batch: running sequences first, then as many waiting ones as fit. In flight from here on.
+
+        None: that depends on what steps in flight come to. Once `update` has been told of them all, ask again.
+        """
         chosen: dict[int, ScheduledSequence] = {}
-        budget = self._schedule_running(chosen, self._limits.max_num_batched_tokens)
+        try:
+            self._plan_adapters()
+            budget = self._schedule_running(chosen, self._limits.max_num_batched_tokens)
+        except _ResultsNeeded:
+            # What has been done by now, blocks taken or sequences set back, the next call would do as well.
+            return None
         self._admit(chosen, budget)
         evictions, uploads = self._slots.take_moves()
         # Neighbours of one mix become one segment; the base's empty mix sorts first.
         scheduled = sorted(chosen.values(), key=lambda item: item.sequence.mix)
+        for item in scheduled:
+            item.sequence.num_computed_tokens = item.end
+            item.sequence.num_in_flight += 1
+            item.sequence.num_pending += item.samples
         return Batch(tuple(scheduled), evictions, uploads)
 
     def take_refused(self) -> list[Sequence]:
@@ -85,15 +104,18 @@ class Scheduler:
         return waited
 
     def update(self, batch: Batch, finished: Iterable[Sequence], spoiled: Iterable[Sequence] = ()) -> None:
-        """The batch has run: count its tokens as computed, publish full blocks, free what is finished.
+        """The oldest batch in flight has been read: publish full blocks, free what is finished.
 
         `spoiled`, some of `finished`, came to numbers that are none: no prefix of theirs may be found again.
         """
         size = self._blocks.block_size
         for item in batch.scheduled:
             sequence = item.sequence
-            first, full = sequence.num_computed_tokens // size, item.end // size
-            sequence.num_computed_tokens = item.end
+            sequence.num_in_flight -= 1
+            sequence.num_pending -= item.samples
+            if sequence.state is SequenceState.FINISHED:
+                continue  # ended before this step was read: its row is thrown away
+            first, full = item.start // size, item.end // size
             if full > first:
                 hash_blocks(sequence.mix, sequence.token_ids[: item.end], size, sequence.block_hashes)
             for index in range(first, full):
@@ -102,9 +124,12 @@ class Scheduler:
             self._blocks.forget(sequence.block_table)
         for sequence in finished:
             self._finish(sequence)
+        for sequence in [s for s in self._leaving if not s.num_in_flight]:
+            self._leaving.remove(sequence)
+            self._give_back(sequence)
 
     def abort(self, request_id: RequestId) -> list[Sequence]:
-        """Take all sequences of a request out, memory included. Unknown ids are harmless."""
+        """Take all sequences of a request out, memory included once it is not in flight. Unknown ids are harmless."""
         found = [s for s in (*self.running, *self.waiting) if s.request.id == request_id]
         for sequence in found:
             self._finish(sequence)
@@ -114,6 +139,8 @@ class Scheduler:
         # Answers under way come before prompts: one token each never waits behind somebody's long chunk.
         for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1):
             if sequence.state is not SequenceState.RUNNING or budget == 0:
+                continue
+            if sequence.num_pending and not self._goes_on(sequence):
                 continue
             count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             while not self._grow(sequence, sequence.num_computed_tokens + count):
@@ -128,6 +155,15 @@ class Scheduler:
                 chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
                 budget -= count
         return budget
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a sequence with a pending token computes that one too: not if it is known to be the last."""
+        params = sequence.request.params
+        if sequence.num_tokens - sequence.num_prompt_tokens >= params.max_tokens:
+            return False
+        if params.has_penalties:
+            raise _ResultsNeeded
+        return True
 
     def _plan_adapters(self) -> None:
         plan = self.residency.plan(self.waiting.lines(), self.running)
@@ -206,28 +242,36 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it computes its tokens again when it comes back."""
+        if sequence.num_in_flight:
+            raise _ResultsNeeded
+        self.running.remove(sequence)
         self._give_back(sequence)
+        sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.RUNNING:
-            self._give_back(sequence)
+            self.running.remove(sequence)
+            if sequence.num_in_flight:
+                self._leaving.append(sequence)
+            else:
+                self._give_back(sequence)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
         self._blocks.release(sequence.block_table)
         self._slots.release(sequence.mix)
         sequence.block_table = []
-        sequence.num_computed_tokens = 0
 
     def check_integrity(self) -> None:
-        """Every held block is in the tables of running sequences, and the books below balance."""
+        """Every held block is in the table of a sequence that runs or leaves, and the books below balance."""
         self._blocks.check_integrity()
         self._slots.check_integrity()
-        held = {block for sequence in self.running for block in sequence.block_table}
+        held = {block for sequence in (*self.running, *self._leaving) for block in sequence.block_table}
         assert len(held) == self._blocks.num_held
+        assert all(sequence.num_in_flight for sequence in self._leaving)
+        assert not any(sequence.num_in_flight or sequence.num_pending for sequence in self.waiting)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from adapterd.core import ScheduledSequence
-from adapterd.model.attention_triton import BlockPlan, TritonContext, to_device
+from adapterd.model.attention_triton import BlockPlan, TritonContext
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
+from adapterd.model.launched import LastTokens
 from adapterd.model.lora import Segment
 from adapterd.model.lora_triton import TritonLoraStep
+from adapterd.model.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +35,56 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeInputs:
-    """What a decode step reads, in one place for all steps. `fill` writes it, `plan` shows it to the kernels."""
+    """What a decode step reads, in one place for all steps. `fill` writes it, `plan` shows it to the kernels.
+
+    A token that the host does not know yet is read where the step before has left it: `last` lies before the rest of
+    the numbers, and each row says at which place of them its input is, there or among those that `fill` has written.
+    """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         self._device = device
-        self._numbers = torch.zeros(3 * max_num_seqs, dtype=torch.long, device=device)
+        self._max_num_seqs = max_num_seqs
+        self._numbers = torch.zeros(5 * max_num_seqs, dtype=torch.long, device=device)
         self._places = torch.zeros(max_num_seqs * (4 + max_blocks), dtype=torch.int32, device=device)
         self._no_chunks = torch.zeros(0, 4, dtype=torch.int32, device=device)
         self._tables: dict[Hashable, tuple[list[int], torch.Tensor]] = {}
+        self.last = LastTokens(self._numbers[:max_num_seqs])
 
     def input_ids(self, size: int) -> torch.Tensor:
-        """int64 [1, size]."""
-        return self._numbers[:size].view(1, size)
+        """int64 [1, size], gathered when it is asked."""
+        return self._numbers.index_select(0, self._part(3, size)).view(1, size)
 
     def position_ids(self, size: int) -> torch.Tensor:
         """int64 [1, size]."""
-        return self._numbers[size : 2 * size].view(1, size)
+        return self._part(1, size).view(1, size)
 
     def plan(self, size: int) -> BlockPlan:
         return BlockPlan(
-            slot_mapping=self._numbers[2 * size : 3 * size],
+            slot_mapping=self._part(2, size),
             block_tables=self._places[4 * size :],
             singles=self._places[: 4 * size].view(size, 4),
             chunks=self._no_chunks,
         )
 
+    def _part(self, index: int, size: int) -> torch.Tensor:
+        """Known input ids, positions, slots, and the places of the input ids: one after another behind `last`."""
+        first = self._max_num_seqs + index * size
+        return self._numbers[first : first + size]
+
     def fill(self, scheduled: Seq[ScheduledSequence], size: int) -> None:
         """One token of each sequence in the first rows; the rows up to `size` are no tokens."""
         ids, positions, slots, tiles = [0] * size, [0] * size, [-1] * size, [0] * (4 * size)
+        sources = list(range(self._max_num_seqs, self._max_num_seqs + size))
         tables: dict[Hashable, tuple[list[int], torch.Tensor]] = {}
         place = 0
         for row, item in enumerate(scheduled):
             sequence, position = item.sequence, item.start
             block = sequence.block_table[position // KV_BLOCK_SIZE]
-            ids[row], positions[row] = sequence.token_ids[position], position
+            positions[row] = position
+            if position < len(sequence.token_ids):
+                ids[row] = sequence.token_ids[position]
+            else:
+                sources[row] = self.last.row(sequence)
             slots[row] = block * KV_BLOCK_SIZE + position % KV_BLOCK_SIZE
             tiles[4 * row : 4 * row + 4] = place, row, 1, position
             key = sequence.request.id, sequence.index
@@ -77,9 +95,9 @@ class DecodeInputs:
             tables[key] = known
             place += len(sequence.block_table)
         self._tables = tables
-        numbers = torch.tensor([*ids, *positions, *slots])
+        numbers = torch.tensor([*ids, *positions, *slots, *sources])
         places = torch.cat([torch.tensor(tiles, dtype=torch.int32), *(table for _, table in tables.values())])
-        for target, source in ((self._numbers, numbers), (self._places, places)):
+        for target, source in ((self._numbers[self._max_num_seqs :], numbers), (self._places, places)):
             target[: len(source)].copy_(to_device(source, self._device), non_blocking=True)
 
 
@@ -133,6 +151,7 @@ class GraphedForward:
         max_blocks = min(-(-base.spec.max_model_len // KV_BLOCK_SIZE), kv.num_blocks)
         self._inputs = DecodeInputs(self._sizes[-1], max_blocks, base.device)
         self._pool = kv
+        self.last = self._inputs.last
         self._recorded: dict[tuple[int, bool], _Recorded] = {}
         self._works = True
 

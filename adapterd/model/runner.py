@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterEvents, AdapterId, BaseSpec, Batch, SampledToken, Sequence
+from adapterd.core import AdapterEvents, AdapterId, BaseSpec, Batch, ScheduledSequence, Sequence
 from adapterd.host_memory import free_host_bytes
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
 from adapterd.model.editor import Editor
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
+from adapterd.model.launched import LastTokens, Launched, RowResults
 from adapterd.model.lora import LoraBank, Segment, adapter_bytes_of_rank
-from adapterd.model.sampler import SamplerRow, logprobs_of, sample
+from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling
+from adapterd.model.transfer import Readback, to_device
 from adapterd.model.uploads import AdapterUploads, Uploaded
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ class _Wanted:
 
 
 class Runner:
-    """The base, its KV pool and its adapter memory, driven one batch at a time from one thread."""
+    """The base, its KV pool and its adapter memory, driven from one thread: batches run in the order of their launch.
+
+    `max_in_flight`: see `engine.seams.BatchRunner`. A CPU has done a batch when its launch returns.
+    """
 
     def __init__(
         self,
@@ -67,7 +72,12 @@ class Runner:
         self._uploads = AdapterUploads(self.bank, base.device, events)
         self._editor = Editor(base.model, base.lora_step, base.spec.modules)
         self._num_steps_with_edits = 0
+        self.max_in_flight = 1 if base.device.type == "cuda" else 0
         self._graphs = _graphs(base, self.kv, max_num_seqs, has_adapters=self.bank.num_pages > 0)
+        if self._graphs is not None:
+            self._last = self._graphs.last
+        else:
+            self._last = LastTokens(torch.zeros(max_num_seqs, dtype=torch.long, device=base.device))
 
     @property
     def num_steps_with_edits(self) -> int:
@@ -82,14 +92,14 @@ class Runner:
         """Who is told of each upload, in a thread of the uploads' own."""
         self._uploads.tell = tell
 
-    def run(self, batch: Batch) -> list[SampledToken]:
-        """One result for each scheduled sequence, in order. Uploads are begun, and go on beside the steps."""
+    def launch(self, batch: Batch) -> Launched:
+        """Begin a batch; `collect` its results later. Its uploads are begun too, and go on beside the steps."""
         for adapter_id in batch.evictions:
             self.bank.evict(adapter_id)
         for adapter_id in batch.uploads:
             self._uploads.begin(self._weights(adapter_id))
         if not batch.scheduled:
-            return []
+            return Launched((), None, Readback(self._base.device))
         wanted = _wanted_rows(batch)
         with torch.inference_mode():
             logits = self._forward(batch, wanted)
@@ -97,38 +107,56 @@ class Runner:
 
     def _forward(self, batch: Batch, wanted: list[_Wanted]) -> torch.Tensor:
         """Logits [num_wanted_rows, vocab_size], rows in the order of `wanted`."""
-        device = self._base.device
-        ids: list[int] = []
-        positions: list[int] = []
-        for item in batch.scheduled:
-            ids.extend(item.sequence.token_ids[item.start : item.end])
-            positions.extend(range(item.start, item.end))
         keep = [row for rows in wanted for row in _rows(rows)]
         segments = self._segments(batch)
         has_edits = any(segment.edits for segment in segments)
         if has_edits or self._editor.is_active:
-            self._editor.begin(segments, len(ids), keep or [0])
+            self._editor.begin(segments, batch.num_tokens, keep or [0])
         self._num_steps_with_edits += has_edits
         if self._graphs is not None and not has_edits and self._graphs.takes(batch.scheduled):
             all_rows = self._graphs.run(batch.scheduled, segments)
             if all_rows is not None:
-                return all_rows if len(keep) == len(ids) else all_rows[keep]
-        self._base.lora_step.begin(tuple(s for s in segments if s.products), len(ids))
+                if len(keep) == batch.num_tokens:
+                    return all_rows
+                return all_rows[to_device(torch.tensor(keep, dtype=torch.long), all_rows.device)]
+        self._base.lora_step.begin(tuple(s for s in segments if s.products), batch.num_tokens)
         context = self._base.paged_context(
             self.kv,
             [_slots(item.sequence, item.end) for item in batch.scheduled],
             [item.num_tokens for item in batch.scheduled],
         )
+        # A batch of unfinished chunks needs no logits, but the model must be given some row.
+        ids, positions, kept = self._numbers(batch, keep or [0])
         output = self._base.model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            # A batch of unfinished chunks needs no logits, but the model must be given some row.
-            logits_to_keep=torch.tensor(keep or [0], device=device),
+            logits_to_keep=kept,
             paged=context,
         )
         logits: torch.Tensor = output.logits[0]
         return logits[: len(keep)]
+
+    def _numbers(self, batch: Batch, keep: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input ids and positions, int64 [num_tokens], and `keep`, on the device by one copy."""
+        ids: list[int] = []
+        positions: list[int] = []
+        pending_rows: list[int] = []
+        sources: list[int] = []
+        for item in batch.scheduled:
+            known = item.sequence.token_ids[item.start : item.end]
+            if len(known) < item.num_tokens:
+                known.append(0)  # a place for the token that the step before has sampled
+                pending_rows.append(len(ids) + item.num_tokens - 1)
+                sources.append(self._last.row(item.sequence))
+            ids.extend(known)
+            positions.extend(range(item.start, item.end))
+        parts = (ids, positions, keep, pending_rows, sources)
+        numbers = to_device(torch.tensor([n for part in parts for n in part]), self._base.device)
+        on_device = numbers.split_with_sizes([len(part) for part in parts])
+        if pending_rows:
+            on_device[0].index_copy_(0, on_device[3], self._last.tokens.index_select(0, on_device[4]))
+        return on_device[0], on_device[1], on_device[2]
 
     def _segments(self, batch: Batch) -> tuple[Segment, ...]:
         """Neighbours with one mix share a segment; sequences come sorted by mix."""
@@ -144,37 +172,36 @@ class Runner:
             previous, row = mix, end
         return tuple(segments)
 
-    def _sample(self, batch: Batch, wanted: list[_Wanted], logits: torch.Tensor) -> list[SampledToken]:
+    def _sample(self, batch: Batch, wanted: list[_Wanted], logits: torch.Tensor) -> Launched:
         """`logits` rows follow `wanted`: for each sequence its prompt rows, then its last row."""
-        prompt_rows: list[slice] = []
+        readback = Readback(logits.device)
+        results: list[RowResults] = []
         last_rows: list[int] = []
         row = 0
-        for rows in wanted:
-            prompt_rows.append(slice(row, row + len(rows.prompt_rows)))
-            row += len(rows.prompt_rows)
+        for item, rows in zip(batch.scheduled, wanted, strict=True):
+            found = None
+            if rows.prompt_rows:
+                targets = item.sequence.token_ids[item.start + 1 : item.start + 1 + len(rows.prompt_rows)]
+                found = start_logprobs(
+                    logits[row : row + len(targets)],
+                    to_device(torch.tensor(targets), logits.device),
+                    [item.sequence.request.params.prompt_logprobs or 0] * len(targets),
+                    readback,
+                )
+                row += len(targets)
             if rows.last_row is not None:
                 last_rows.append(row)
                 row += 1
-        sampling = [
-            item.sequence
-            for item, rows in zip(batch.scheduled, wanted, strict=True)
-            if rows.last_row is not None
-        ]
-        tokens = iter(
-            sample(logits[torch.tensor(last_rows, device=logits.device)], [_sampler_row(s) for s in sampling])
-            if sampling
-            else []
-        )
-        results = []
-        for item, rows, span in zip(batch.scheduled, wanted, prompt_rows, strict=True):
-            token = next(tokens) if rows.last_row is not None else SampledToken(None)
-            num_top = item.sequence.request.params.prompt_logprobs
-            if num_top is not None and rows.prompt_rows:
-                targets = item.sequence.token_ids[item.start + 1 : item.start + 1 + len(rows.prompt_rows)]
-                found = logprobs_of(logits[span], targets, num_top)
-                token = SampledToken(token.token_id, token.logprobs, found, token.error)
-            results.append(token)
-        return results
+            results.append(RowResults(rows.last_row is not None, found))
+        sampling = None
+        sampled = [item for item in batch.scheduled if item.samples]
+        if sampled:
+            if len(last_rows) < len(logits):
+                logits = logits[to_device(torch.tensor(last_rows), logits.device)]
+            sampling = start_sampling(logits, [_sampler_row(item) for item in sampled], readback)
+            self._last.keep([item.sequence for item in sampled], sampling.token_ids)
+        readback.close()
+        return Launched(results, sampling, readback)
 
 
 def _longest_row(spec: BaseSpec) -> int:
@@ -226,12 +253,15 @@ def _slots(sequence: Sequence, end: int) -> torch.Tensor:
     return (blocks[:, None] * KV_BLOCK_SIZE + torch.arange(KV_BLOCK_SIZE)).flatten()[:end]
 
 
-def _sampler_row(sequence: Sequence) -> SamplerRow:
-    params = sequence.request.params
+def _sampler_row(item: ScheduledSequence) -> SamplerRow:
+    sequence, params = item.sequence, item.sequence.request.params
+    output_index = item.end - sequence.num_prompt_tokens
     suppressed: frozenset[int] = frozenset()
-    if sequence.num_output_tokens < params.min_tokens:
+    if output_index < params.min_tokens:
         suppressed = sequence.request.eos_token_ids.union(params.stop_token_ids)
-    return SamplerRow(params, sequence.seed, sequence.token_ids, sequence.num_prompt_tokens, suppressed)
+    return SamplerRow(
+        params, sequence.seed, sequence.token_ids, sequence.num_prompt_tokens, output_index, suppressed
+    )
 
 
 def size_kv_pool(base: Base, kv_bytes: int | None, max_num_seqs: int) -> int:

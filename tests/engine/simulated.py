@@ -68,6 +68,7 @@ class Simulation:
             self._arrivals.remove(arrival)
             self.slots.arrived(arrival[1])
         batch = self.scheduler.schedule()
+        assert batch is not None
         self._arrivals += [(self.now + self.upload_seconds, adapter_id) for adapter_id in batch.uploads]
         for item in batch.scheduled:
             self.started.setdefault(item.sequence.seed, self.now)

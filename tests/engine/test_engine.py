@@ -24,8 +24,9 @@ from adapterd.core import (
 )
 from adapterd.engine.build import collect
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.engine import Engine, EngineMemory, Uploaded
+from adapterd.engine.engine import Engine
 from adapterd.engine.scheduler import SchedulerLimits
+from adapterd.engine.seams import EngineMemory, Uploaded
 from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from adapterd.token_table import TokenTable
 
@@ -57,6 +58,14 @@ class CountedWeights:
                 assert self.held[adapter_id] >= 0
 
 
+@dataclass(frozen=True)
+class Computed:
+    results: list[SampledToken]
+
+    def collect(self) -> list[SampledToken]:
+        return self.results
+
+
 @dataclass
 class FakeRunner:
     """A token is a hash of seed, mix and all tokens before it; a gate may keep a step waiting.
@@ -70,13 +79,14 @@ class FakeRunner:
     gate: threading.Event | None = None
     entered: threading.Event = field(default_factory=threading.Event)
     num_steps_with_edits: int = 0
+    max_in_flight: int = 0
     uploads_by_hand: bool = False
     tell: Uploaded = lambda adapter_id, error: None
 
     def on_uploaded(self, tell: Uploaded) -> None:
         self.tell = tell
 
-    def run(self, batch: Batch) -> list[SampledToken]:
+    def launch(self, batch: Batch) -> "Computed":
         self.batches.append(batch)
         for adapter_id in batch.uploads:
             assert self.weights.held[adapter_id]
@@ -87,9 +97,9 @@ class FakeRunner:
             assert self.gate.wait(PATIENCE_SECONDS)
         if self.error is not None:
             raise self.error
-        return [
-            SampledToken(self._token(item.sequence) if item.samples else None) for item in batch.scheduled
-        ]
+        return Computed(
+            [SampledToken(self._token(item.sequence) if item.samples else None) for item in batch.scheduled]
+        )
 
     def _token(self, sequence: object) -> int:
         said = f"{sequence.seed} {sequence.mix} {sequence.token_ids}"  # type: ignore[attr-defined]
@@ -445,11 +455,10 @@ def test_pinned_adapter_comes_without_a_request_and_stays(engine: Engine, runner
     engine.start(Mailbox())
     engine.pin(pinned)
     engine.pin(pinned)
-    assert engine.wait_resident(pinned, PATIENCE_SECONDS)
+    until(lambda: pinned in engine.stats().resident)
     assert engine.stats().pinned == (pinned,)
     engine.prefetch(mix("b")[0][0])
-    assert engine.wait_resident(mix("b")[0][0], PATIENCE_SECONDS)
-    assert not engine.wait_resident(mix("c")[0][0], 0.01)
+    until(lambda: mix("b")[0][0] in engine.stats().resident)
     until(lambda: set(runner.weights.held.values()) == {0})
     engine.unpin(pinned)
     until(lambda: engine.stats().pinned == ())

@@ -86,6 +86,7 @@ class Bench:
         for adapter_id in self.on_their_way:
             self.slots.arrived(adapter_id)
         batch = self.scheduler.schedule()
+        assert batch is not None
         self.on_their_way = batch.uploads
         return batch
 
@@ -425,7 +426,7 @@ def test_long_random_walk_keeps_every_limit_and_finishes_every_sequence(seed: in
         for item in batch.scheduled:
             sequence = item.sequence
             assert sequence.state is SequenceState.RUNNING
-            assert item.start == sequence.num_computed_tokens
+            assert item.end == sequence.num_computed_tokens
             assert item.start < item.end <= min(sequence.num_tokens, len(sequence.block_table) * BLOCK_SIZE)
             assert {adapter_id for adapter_id, _ in sequence.mix} <= set(bench.slots.resident)
             pool.write(item)

@@ -89,7 +89,7 @@ def test_replayed_steps_are_the_steps_themselves(offline: Offline) -> None:
     assert isinstance(step, TritonLoraStep)
     recorder = run_again if IS_INTERPRETED else CudaGraphRecorder()
     graphs = GraphedForward(base, step, runner.kv, 6, recorder)
-    first = runner.run(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens) for s in sequences)))
+    first = runner.launch(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens) for s in sequences))).collect()
     for sequence, sampled in zip(sequences, first, strict=True):
         assert sampled.token_id is not None
         sequence.token_ids.append(sampled.token_id)
@@ -101,12 +101,37 @@ def test_replayed_steps_are_the_steps_themselves(offline: Offline) -> None:
         logits = graphs.run(scheduled, segments_of(offline, scheduled))
         assert logits is not None
         found = logits.float().log_softmax(-1).cpu()
-        expected = runner.run(Batch(tuple(scheduled)))
+        expected = runner.launch(Batch(tuple(scheduled))).collect()
         for row, sampled in zip(found, expected, strict=True):
             check_row(row, sampled)
         for sequence, sampled in zip(chosen, expected, strict=True):
             assert sampled.token_id is not None
             sequence.token_ids.append(sampled.token_id)
+
+
+@torch.inference_mode()
+def test_token_that_the_host_does_not_know_is_read_where_the_last_step_left_it(offline: Offline) -> None:
+    step = offline.base.lora_step
+    assert isinstance(step, TritonLoraStep)
+    recorder = run_again if IS_INTERPRETED else CudaGraphRecorder()
+    graphs = GraphedForward(offline.base, step, offline.runner.kv, 6, recorder)
+    sequences = [make_sequence(i, length, (), 10 * i) for i, length in enumerate((5, 17, 9))]
+    offline.runner.launch(Batch(tuple(ScheduledSequence(s, 0, s.num_tokens) for s in sequences))).collect()
+    tokens = [41, 7, 88]
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.token_ids.append(token)
+    scheduled = [ScheduledSequence(s, s.num_tokens - 1, 1) for s in sequences]
+    known = graphs.run(scheduled, ())
+    assert known is not None
+    expected = known.clone()
+    # The second is known to the host, the others come from a step that had its rows in another order.
+    for i in (0, 2):
+        sequences[i].token_ids.pop()
+        sequences[i].num_pending = 1
+    graphs.last.keep([sequences[2], sequences[0]], torch.tensor([88, 41], device=DEVICE))
+    found = graphs.run(scheduled, ())
+    assert found is not None
+    assert torch.equal(found, expected)
 
 
 def check_row(log_probs: torch.Tensor, sampled: SampledToken) -> None:

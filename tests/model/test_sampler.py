@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adapterd.core import SampledToken, SamplingParams
-from adapterd.model.sampler import SamplerRow, logprobs_of, sample, uniform
+from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling, uniform
+from adapterd.model.transfer import Readback
 
 VOCAB_SIZE = 24
 FREE = SamplingParams(max_tokens=8)
@@ -24,7 +25,15 @@ def row(
     output: Sequence[int] = (),
     suppressed: Sequence[int] = (),
 ) -> SamplerRow:
-    return SamplerRow(params, seed, [*prompt, *output], len(prompt), frozenset(suppressed))
+    return SamplerRow(params, seed, [*prompt, *output], len(prompt), len(output), frozenset(suppressed))
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
+    readback = Readback(logits.device)
+    sampling = start_sampling(logits, rows, readback)
+    readback.close()
+    readback.wait()
+    return sampling.results()
 
 
 def random_logits(num_rows: int, seed: int = 0) -> torch.Tensor:
@@ -134,6 +143,24 @@ def test_greedy_takes_the_likeliest_and_so_does_a_temperature_near_zero() -> Non
         assert [token_of(result) for result in sample(logits, rows)] == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [1, 24, 512, 513, 1024, 2000])
+def test_likeliest_is_the_first_of_the_greatest_in_any_vocabulary(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(40, vocab_size, generator=generator).to(dtype)
+    logits[:5] = logits[:5].round()  # ties
+    logits[5, -1] = 99
+    greedy = row(replace(FREE, temperature=0.0))
+    found = [token_of(result) for result in sample(logits, [greedy] * 40)]
+    assert found == [line.index(max(line)) for line in logits.tolist()]
+    for place in {0, vocab_size // 2, vocab_size - 1}:
+        logits[:, place] = float("nan")
+        assert all(result.error for result in sample(logits, [greedy] * 40))
+        logits[:, place] = -1.0
+
+
 def penalised(
     logits: list[float], params: SamplingParams, prompt: list[int], output: list[int]
 ) -> list[float]:
@@ -228,7 +255,7 @@ def test_logprobs_are_of_the_raw_distribution_with_rank_and_alternatives() -> No
 
 def test_logprobs_of_given_tokens_may_ask_for_more_alternatives_than_there_are_tokens() -> None:
     logits = random_logits(2)
-    found = logprobs_of(logits, [3, 20], 100)
+    found = start_logprobs(logits, torch.tensor([3, 20]), [100, 100], Readback(logits.device)).entries()
     assert [len(entry.top) for entry in found] == [VOCAB_SIZE, VOCAB_SIZE]
     assert [entry.logprob for entry in found] == pytest.approx(
         [dict(entry.top)[entry.token_id] for entry in found]

@@ -15,17 +15,9 @@ from adapterd.training.data import encode_rows, read_rows, split_validation
 from adapterd.training.estimate import estimate
 from adapterd.training.history import METRICS_FILE
 from adapterd.training.train import train
-from tests.tiny import tiny_llama
-from tests.training.test_train import write_rows
+from tests.training.runs import write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    tiny_llama(directory)
-    return directory
 
 
 @pytest.fixture

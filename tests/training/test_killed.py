@@ -18,7 +18,7 @@ from adapterd.cli import EXIT_STOPPED
 from adapterd.file_names import SEAL_FILE, WEIGHTS_FILE
 from adapterd.training.history import METRICS_FILE
 from tests.tiny import tiny_llama
-from tests.training.test_train import write_rows
+from tests.training.runs import write_rows
 
 KILLS = int(os.environ.get("KILLS", "3"))
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,17 +12,10 @@ from adapterd.daemon import Daemon
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import WEIGHTS_FILE
 from adapterd.training.train import train
-from tests.tiny import spec_of, tiny_llama
-from tests.training.test_train import write_rows
+from tests.tiny import spec_of
+from tests.training.runs import write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    tiny_llama(directory)
-    return directory
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from adapterd.render import Renderer
 from adapterd.training.stop_token import check_stop_token, warn_if_endless
 from adapterd.training.train import train
 from tests.tiny import byte_level_tokenizer, tiny_llama
-from tests.training.test_train import write_rows
+from tests.training.runs import write_rows
 
 
 @pytest.fixture(scope="module")

@@ -1,87 +1,32 @@
+"""A run: what is learnt from which rows in what order, and how it ends."""
+
 import csv
 import json
 import logging
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from adapterd.adapter import read_adapter
-from adapterd.config import EngineSettings, TrainSettings, load_settings
-from adapterd.daemon import Daemon
-from adapterd.errors import AdapterdError, InvalidRequest
-from adapterd.evaluation.report import CARD_BEGIN, CARD_END
+from adapterd.config import TrainSettings
+from adapterd.errors import InvalidRequest
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.render import Renderer
 from adapterd.training.batches import collate, epoch_batches, num_labels
-from adapterd.training.card import CARD_FILE
 from adapterd.training.curve import CURVE_FILE
 from adapterd.training.data import Example, encode_rows, read_rows, split_validation
-from adapterd.training.errors import ResumeRefused, RoundTripFailed, TrainingDiverged, TrainingInterrupted
+from adapterd.training.errors import ResumeRefused, TrainingDiverged, TrainingInterrupted
 from adapterd.training.history import METRICS_FILE
 from adapterd.training.measure import measure_training
-from adapterd.training.recipe import output_directory
 from adapterd.training.schedule import Schedule
 from adapterd.training.train import train
-from tests.tiny import spec_of, tiny_llama
+from tests.training.runs import but, history, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-WORDS = ["parcel", "money", "order", "today", "please", "fine", "charged", "back"]
-LABELS = ["Shipping", "Refund", "Billing", "Other"]
-
-
-def write_rows(path: Path, num_rows: int = 24, first: int = 0) -> Path:
-    with path.open("w") as file:
-        for i in range(first, first + num_rows):
-            question = f"{i}: {WORDS[i % 8]} {WORDS[(i * 3 + 1) % 8]}"
-            answer = f"Category: {LABELS[i % 4]}"
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    tiny_llama(directory)
-    return directory
-
-
-@pytest.fixture
-def told(base: Path, tmp_path: Path) -> TrainSettings:
-    return TrainSettings.model_validate(
-        {
-            "base": str(base),
-            "data": write_rows(tmp_path / "train.jsonl"),
-            "name": "support",
-            "out": tmp_path / "out",
-            "validation_fraction": 0.2,
-            "rank": 4,
-            "epochs": 2.0,
-            "learning_rate": 1e-2,
-            "warmup_fraction": 0.0,
-            "decay_fraction": 1.0,
-            "batch_size": 4,
-            "seed": 1,
-            "device": "cpu",
-        }
-    )
-
-
-def but(settings: TrainSettings, **changes: object) -> TrainSettings:
-    return TrainSettings.model_validate(settings.model_dump() | changes)
-
-
-def history(directory: Path) -> list[dict[str, str]]:
-    with (directory / METRICS_FILE).open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_adapter_is_what_peft_loads_and_it_has_learnt(told: TrainSettings, base: Path) -> None:
@@ -187,23 +132,6 @@ def test_early_stop_keeps_the_best_step(told: TrainSettings) -> None:
     assert int(rows[-1]["step"]) < 40 * 5
 
 
-def test_only_named_targets_are_adapted(told: TrainSettings, base: Path) -> None:
-    directory = train(but(told, target_modules=("q_proj", "layers.1.mlp.down_proj"), epochs=0.4))
-    spec = spec_of(LlamaForCausalLM.from_pretrained(base))
-    adapter = read_adapter(directory, name="support", spec=spec, tokenizer=Renderer.load(base).identity)
-    assert [matrices.module for matrices in adapter.modules] == [
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.1.mlp.down_proj",
-        "model.layers.1.self_attn.q_proj",
-    ]
-    assert {matrices.scale for matrices in adapter.modules} == {2.0}
-
-
-def test_unknown_target_is_refused_though_another_matches(told: TrainSettings) -> None:
-    with pytest.raises(InvalidRequest, match=r"no linear 'c_attn' that takes adapters; it has .*q_proj"):
-        train(but(told, target_modules=("q_proj", "c_attn")))
-
-
 def test_diverging_run_writes_nothing(told: TrainSettings) -> None:
     with pytest.raises(TrainingDiverged, match=r"lower the learning rate|validation loss"):
         train(but(told, learning_rate=1e30, epochs=4.0))
@@ -238,31 +166,6 @@ def test_rows_that_are_too_long_are_left_out_if_told_so(
     seal = json.loads((directory / SEAL_FILE).read_text())
     assert seal["num_rows"] + seal["num_validation_rows"] == 24
     assert "left out: lines 25" in caplog.text
-
-
-def test_trained_in_place_beside_its_recipe(base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "support"
-    folder.mkdir()
-    write_rows(folder / "train.jsonl")
-    recipe = (
-        f'name = "support"\nbase = "{base}"\ndata = "train.jsonl"\nrank = 4\nepochs = 0.4\nbatch_size = 4\n'
-    )
-    (folder / "recipe.toml").write_text(recipe)
-    settings = load_settings(TrainSettings, {}, {}, folder / "recipe.toml")
-    written = sorted([CARD_FILE, CONFIG_FILE, CURVE_FILE, WEIGHTS_FILE, SEAL_FILE, METRICS_FILE])
-    assert train(settings) == folder
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*written, "recipe.toml", "train.jsonl"])
-    (folder / CARD_FILE).write_text("by hand")
-    train(settings)
-    assert (folder / CARD_FILE).read_text() == "by hand"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["support"]
-
-
-def test_folder_of_the_result(told: TrainSettings, tmp_path: Path) -> None:
-    assert output_directory(told) == tmp_path / "out" / "support"
-    beside = but(told, out=None)
-    assert output_directory(beside) == Path("adapters/support")
-    assert output_directory(but(beside, name=tmp_path.name)) == tmp_path
 
 
 def test_progress_is_logged(told: TrainSettings, caplog: pytest.LogCaptureFixture) -> None:
@@ -359,119 +262,6 @@ def test_small_forwards_and_recomputed_activations_change_no_loss(told: TrainSet
         assert one["train_loss"] == two["train_loss"] == "" or float(one["train_loss"]) == pytest.approx(
             float(two["train_loss"]), abs=2e-5
         )
-
-
-def test_published_by_one_rename_and_found_by_the_registry(
-    told: TrainSettings, base: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    first = train(but(told, epochs=0.4))
-    assert first == out / "support"
-    digest_folder = first.readlink()
-    assert digest_folder.parts[:2] == (".versions", "support")
-
-    settings = EngineSettings.model_validate({"base": str(base), "adapters": (out,), "device": "cpu"})
-    daemon = Daemon.build(settings)
-    daemon.registry.start()
-    try:
-        assert daemon.registry.wait_loaded(30)
-        before = daemon.registry.resolve("base:support").digest
-        assert digest_folder.name == before
-        train(but(told, epochs=0.4, seed=2))
-        deadline = time.monotonic() + 30
-        while daemon.registry.resolve_waiting("base:support", 30).digest == before:
-            assert time.monotonic() < deadline, "the running registry did not pick up the new version"
-            time.sleep(0.05)
-        assert daemon.registry.resolve_waiting("base:support", 30).digest == first.readlink().name
-    finally:
-        daemon.registry.stop()
-    assert sorted(path.name for path in out.iterdir()) == [".versions", "support"]
-    assert len(list((out / ".versions" / "support").iterdir())) == 2
-
-
-def test_a_folder_of_somebody_elses_is_refused_before_any_work(told: TrainSettings, tmp_path: Path) -> None:
-    (tmp_path / "out" / "support").mkdir(parents=True)
-    with pytest.raises(InvalidRequest, match="is a folder or file of its own"):
-        train(told)
-
-
-def test_round_trip_is_proven_and_kept(told: TrainSettings) -> None:
-    directory = train(told)
-    proof = json.loads((directory / SEAL_FILE).read_text())["round_trip"]
-    assert proof["num_rows"] == 5
-    assert proof["largest_difference"] < 1e-4
-    assert proof["largest_effect"] > 0.01
-    assert proof["served_loss"] == pytest.approx(proof["trained_loss"], abs=1e-4)
-    card = (directory / CARD_FILE).read_text()
-    assert "largest difference of a log probability" in card
-    assert card.count(CARD_BEGIN) == card.count(CARD_END) == 1
-    assert f"![loss by step]({CURVE_FILE})" in card
-
-
-def test_an_adapter_without_effect_is_not_published(told: TrainSettings) -> None:
-    with pytest.raises(RoundTripFailed, match="changes nothing"):
-        train(but(told, learning_rate=1e-30, epochs=0.4))
-    assert told.out is not None
-    assert not (told.out / "support").exists()
-
-
-def test_rslora_is_folded_into_alpha(told: TrainSettings, base: Path) -> None:
-    directory = train(but(told, use_rslora=True, rank=16, alpha=8.0, epochs=0.4))
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    assert (config["lora_alpha"], config["use_rslora"]) == (32.0, False)
-    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)
-    assert loaded.base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8 / 16**0.5
-
-
-def test_dora_is_trained_and_served_as_it_was_trained(told: TrainSettings, base: Path) -> None:
-    """The round trip in `train` compares what a fresh engine serves with what the trainer computed."""
-    directory = train(but(told, use_dora=True, epochs=0.4))
-    assert json.loads((directory / CONFIG_FILE).read_text())["use_dora"] is True
-    with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-        assert any(name.endswith("lora_magnitude_vector") for name in file.keys())  # noqa: SIM118
-    assert json.loads((directory / SEAL_FILE).read_text())["round_trip"]["largest_difference"] < 1e-3
-    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)
-
-
-def test_warm_start_goes_on_from_an_adapter(told: TrainSettings) -> None:
-    first = train(told)
-    ended = json.loads((first / SEAL_FILE).read_text())["validation_loss"]
-    more = but(told, name="more", warm_start=first, rank=None)
-    second = train(more)
-    seal = json.loads((second / SEAL_FILE).read_text())
-    assert seal["initial_validation_loss"] == pytest.approx(ended, abs=1e-5)
-    assert json.loads((second / CONFIG_FILE).read_text())["r"] == 4
-    with pytest.raises(InvalidRequest, match=r"rank=8 cannot be changed with --warm-start: .* 4 stays"):
-        train(but(more, rank=8))
-    with pytest.raises(InvalidRequest, match="target_modules cannot be changed"):
-        train(but(more, target_modules=("q_proj",)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"quantization": "bnb-4bit"}, "--quantization bnb-4bit needs a CUDA device"),
-        ({"device": "cuda"}, "no CUDA device"),
-        ({"warm_start": Path("nowhere")}, "nowhere cannot be resolved"),
-        ({"base": "nowhere"}, "no such directory"),
-    ],
-)
-def test_what_cannot_be_had_here_is_refused_by_name(
-    changes: dict[str, object], message: str, told: TrainSettings
-) -> None:
-    if changes.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(AdapterdError, match=message):
-        train(but(told, **changes))
-    assert told.out is not None
-    assert not told.out.exists()
-
-
-def test_bfloat16_keeps_a_and_b_in_float32(told: TrainSettings, base: Path) -> None:
-    directory = train(but(told, dtype="bfloat16", epochs=1.0))
-    with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
-    assert json.loads((directory / SEAL_FILE).read_text())["round_trip"]["mean_difference"] < 0.05
 
 
 def test_stopped_run_goes_on_to_the_same_bytes(told: TrainSettings, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""What the engine is given: the device behind a runner, its memory in numbers, and who keeps weights on the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapterd.core import AdapterId, AdapterMix, Batch, SampledToken
+
+Uploaded = Callable[[AdapterId, str | None], None]
+"""Told, from any thread, that an upload has ended, and why it came to nothing if it did."""
+
+
+class LaunchedStep(Protocol):
+    """A batch on its way through the device."""
+
+    def collect(self) -> list[SampledToken]:
+        """Wait for it: one result for each scheduled sequence, in order. Steps are collected as they were launched."""
+        ...
+
+
+class BatchRunner(Protocol):
+    """The seam to the device; `model.runner.Runner` is the real one.
+
+    `max_in_flight` is how many steps may be launched and not collected when another is launched: 0 or 1. The runner
+    itself knows the tokens of the step launched last, wherever a sequence's newest token is still pending.
+
+    `launch` begins the batch's uploads and does not wait for them; each is told once to what `on_uploaded` was given.
+
+    `num_steps_with_edits` counts steps whose adapters change more than linears: no graph and no fast layer holds them.
+    """
+
+    @property
+    def max_in_flight(self) -> int: ...
+
+    @property
+    def num_steps_with_edits(self) -> int: ...
+
+    def launch(self, batch: Batch) -> LaunchedStep: ...
+
+    def on_uploaded(self, tell: Uploaded) -> None: ...
+
+
+class HostWeights(Protocol):
+    """Keeps adapters' weights on the host while sequences may need them; see `engine.build.WeightsInUse`."""
+
+    def hold(self, mix: AdapterMix) -> None: ...
+
+    def release(self, mix: AdapterMix) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What the runner has set aside. `pages_of` tells what an adapter version takes of `num_adapter_pages`."""
+
+    num_kv_blocks: int
+    kv_block_size: int
+    num_adapter_pages: int
+    adapter_page_bytes: int
+    pages_of: Callable[[AdapterId], int]
