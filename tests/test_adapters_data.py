@@ -3,6 +3,7 @@
 What differs between the adapters is in TASKS; every check runs for every one of them.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from adapterd.adapter_writer import base_fingerprint
+from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from pretraining.corpus import conversation
 
 ROOT = Path(__file__).parent.parent
@@ -215,3 +218,22 @@ def test_recipe_and_card_belong_to_the_rows(task: Task) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert re.search(r"<!-- results:begin -->.*<!-- results:end -->", card, re.DOTALL)
     assert "Apache-2.0" in card
+
+
+def test_the_weights_are_what_the_recipe_made_of_these_rows_on_this_base(task: Task) -> None:
+    folder = ROOT / "adapters" / task.name
+    recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    seal = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+    assert seal["base_fingerprint"] == base_fingerprint(ROOT / "adapterd" / "mini")
+    assert seal["data_sha256"] == sha256(folder / "train.jsonl")
+    assert seal["files"] == {name: sha256(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    assert (seal["learning_rate"], seal["seed"]) == (recipe["learning_rate"], recipe["seed"])
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (recipe["rank"], recipe["alpha"])
+    assert seal["round_trip"]["largest_difference"] < 1e-3
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"adapterd train adapters/{task.name}/recipe.toml" in card
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
