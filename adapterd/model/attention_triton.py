@@ -187,7 +187,8 @@ def attend_kernel(
                     peaks + (places + other) * 2, mask=is_row, other=float("-inf"), cache_modifier=".cg"
                 )
                 peak = tl.maximum(peak, found)
-            peak = tl.where(is_row & (within < count), peak, 0.0)
+            # A row of NaN has seen no greatest score; its sum of weights keeps it NaN.
+            peak = tl.where(is_row & (within < count) & (peak > float("-inf")), peak, 0.0)
             weight_sum = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP], dtype=tl.float32)
             total = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP, BLOCK_VALUE], dtype=tl.float32)
             for other in tl.static_range(NUM_SPLITS):

@@ -24,8 +24,8 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 def num_processors(device: torch.device) -> int:
-    """Of the device; few where there is none, since Triton's interpreter runs one program at a time."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
+    """Of the device; one where there is none, since Triton's interpreter runs one program at a time."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 @cache
@@ -34,4 +34,6 @@ def zero_counts(device: torch.device) -> torch.Tensor:
 
     One piece of memory for all kernels of a device, which run one after the other on the engine's stream.
     """
-    return torch.zeros(_NUM_COUNTS, dtype=torch.int32, device=device)
+    # Whoever asks first may do so in inference mode, whose tensors others could not write.
+    with torch.inference_mode(False):
+        return torch.zeros(_NUM_COUNTS, dtype=torch.int32, device=device)
