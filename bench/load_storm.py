@@ -7,7 +7,8 @@ that all share. Meanwhile four clients ask of adapters that nobody touches, and 
 Every answer must be, token for token, PEFT's own greedy answer with the version that its digest header names, and that
 version must be one of the name's; adapters that come and go may also be missing (404, 409, 429). Every request must
 end in time, and none with another error. After everything was unloaded the daemon must hold what it held before:
-bytes of adapters on the device and on the host, blocks of keys and values, sequences that run or wait.
+bytes of adapters on the device and on the host, blocks of keys and values, sequences that run or wait; before that,
+what was pinned last must be on the device.
 
     python -m bench.load_storm --threads 32 --operations 1024 --seed 0 --out storm.json
 
@@ -20,23 +21,22 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+import adapterd as package
 from bench.daemon import adapterd, metric
 from bench.models import SHAPES, lora_linears, make_adapter
 from bench.report import Figures, emit, machine
-from bench.storm_threads import ALIASES, Asker, Operator, ask, wrong_answer, wrong_outcome
+from bench.storm_threads import ALIASES, Asker, Operator, Outcome, ask, wrong_answer, wrong_outcome
 from bench.target import running
 from bench.update_storm import Reference
 from bench.workload import token_prompt
 
 STEADY = tuple(f"steady-{i}" for i in range(4))
-TOUCHED = tuple(f"touched-{i}" for i in range(8))
 NUM_CONTENTS = 3
 RANK = 8
 TARGETS = ("q_proj", "v_proj")
@@ -73,8 +73,8 @@ class Contents:
     touched: Mapping[str, Sequence[Path]]
 
 
-def make_contents(directory: Path, served: Path) -> Contents:
-    """Write every adapter: the steady ones below `served`, the others below `directory`."""
+def make_contents(directory: Path, served: Path, num_touched: int) -> Contents:
+    """Write every adapter: the steady ones below `served`, those of `num_touched` others below `directory`."""
     linears = {
         path: shape
         for path, shape in lora_linears(SHAPES["mini"]()).items()
@@ -91,7 +91,7 @@ def make_contents(directory: Path, served: Path) -> Contents:
         steady={name: made(served / name) for name in STEADY},
         touched={
             name: [*(made(directory / f"{name}-{i}") for i in range(NUM_CONTENTS)), shared]
-            for name in TOUCHED
+            for name in (f"touched-{i}" for i in range(num_touched))
         },
     )
 
@@ -121,10 +121,21 @@ def references_of(client: httpx.Client, contents: Contents, base: Path) -> dict[
     return found
 
 
-def unload_all(client: httpx.Client) -> list[str]:
-    """Unload and forget every touched name; what of that was not answered as it should be."""
+def lost_pins(client: httpx.Client) -> list[str]:
+    """Pinned names whose current version does not come to be in device memory; there is room for all."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        cards = client.get("/v1/adapters").raise_for_status().json()["data"]
+        lost = [card["name"] for card in cards if card["pinned"] and card["tier"] != "device"]
+        if not lost or time.monotonic() > deadline:
+            return [f"{name} is pinned and not in device memory" for name in lost]
+        time.sleep(0.2)
+
+
+def unload_all(client: httpx.Client, names: Iterable[str]) -> list[str]:
+    """Unload and forget names; what of that was not answered as it should be."""
     wrong = []
-    for name in TOUCHED:
+    for name in names:
         response = client.delete(f"/v1/adapters/{name}", params={"deadline_seconds": SETTLE_SECONDS})
         if response.status_code not in (200, 404):
             wrong.append(f"the last unload of {name}: HTTP {response.status_code}: {response.text[:300]}")
@@ -146,12 +157,21 @@ def settled_balance(client: httpx.Client, url: str, before: Mapping[str, float])
     return after
 
 
+def unbalanced(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """What is not as it was."""
+    return [
+        f"{word}: {before[word]:g} before and {after[word]:g} after"
+        for word in before
+        if before[word] != after[word]
+    ]
+
+
 def storm(
     url: str, contents: Contents, options: argparse.Namespace
 ) -> tuple[list[Operator], list[Asker], list[Asker], list[float]]:
     """Run it; (operators, askers of the steady, askers of the touched, resident bytes at each quarter)."""
     stop = threading.Event()
-    models = [*TOUCHED, *(f"{name}@{alias}" for name in TOUCHED for alias in ALIASES)]
+    models = [*contents.touched, *(f"{name}@{alias}" for name in contents.touched for alias in ALIASES)]
 
     def asker(names: Sequence[str], seed: str) -> Asker:
         return Asker(url, names, PROMPT, OUTPUT_TOKENS, seed, stop, MAX_SECONDS, CUT_SHARE)
@@ -177,13 +197,11 @@ def storm(
 
 
 def measure(options: argparse.Namespace) -> Figures:
-    import adapterd as package
-
     base = Path(package.__file__).parent / "mini"
     found_machine = machine()
     with tempfile.TemporaryDirectory() as scratch:
         served, made = Path(scratch) / "adapters", Path(scratch) / "contents"
-        contents = make_contents(made, served)
+        contents = make_contents(made, served, options.names)
         target = adapterd(
             Path("mini"),
             served,
@@ -198,12 +216,12 @@ def measure(options: argparse.Namespace) -> Figures:
         )
         with running(target, 600.0), httpx.Client(base_url=target.url, timeout=MAX_SECONDS) as client:
             references = references_of(client, contents, base)
-            wrong = unload_all(client)
+            wrong = unload_all(client, contents.touched)
             before, rss = balance(client, target.url), metric(target.url, "process_resident_memory_bytes")
             began = time.perf_counter()
             operators, steady, touched, quarters = storm(target.url, contents, options)
             seconds = time.perf_counter() - began
-            wrong += unload_all(client)
+            wrong += lost_pins(client) + unload_all(client, contents.touched)
             after = settled_balance(client, target.url, before)
             last = [ask(client, name, PROMPT, OUTPUT_TOKENS, cut=False) for name in STEADY]
             rss_after = metric(target.url, "process_resident_memory_bytes")
@@ -217,17 +235,14 @@ def measure(options: argparse.Namespace) -> Figures:
         for asked in all_asked:
             text = wrong_answer(asked, references[asked.name], MAX_SECONDS, may_be_gone=may_be_gone)
             wrong += [] if text is None else [text]
-    wrong += [
-        f"{word} were {before[word]:g} before and are {after[word]:g} after"
-        for word in before
-        if before[word] != after[word]
-    ]
+    wrong += unbalanced(before, after)
     wrong += [] if is_ready else ["the daemon is not ready after it all"]
     return {
         "bench": "load_storm",
         "machine": found_machine,
         "threads": options.threads,
         "operations_each": options.operations,
+        "names": options.names,
         "seed": options.seed,
         "storm_seconds": seconds,
         "operations": statuses_by_kind(outcomes),
@@ -246,7 +261,7 @@ def measure(options: argparse.Namespace) -> Figures:
     }
 
 
-def statuses_by_kind(outcomes: Sequence[Any]) -> dict[str, dict[str, int]]:
+def statuses_by_kind(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
     """kind -> status -> how many."""
     table: dict[str, Counter[str]] = {}
     for outcome in outcomes:
@@ -262,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--operations", type=int, default=1024, help="of each thread")
+    parser.add_argument("--names", type=int, default=8, help="that come and go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
