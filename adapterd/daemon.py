@@ -8,7 +8,7 @@ from typing import Protocol
 
 from adapterd.adapter import Adapter
 from adapterd.adapter_writer import base_fingerprint
-from adapterd.core import BaseSpec, Request, RequestId
+from adapterd.core import AdapterId, BaseSpec, Request, RequestId
 from adapterd.database import Database
 from adapterd.device_pins import DevicePins
 from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
@@ -143,12 +143,17 @@ class Daemon:
             lambda adapter_id: registry.read(adapter_id),
             lambda mix: registry.lease(mix),
         )
+
+        def drop(adapter_id: AdapterId) -> None:
+            engine.retire(adapter_id)
+            pins.dropped(adapter_id)
+
         registry = AdapterRegistry(
             spec,
             settings.adapters,
             tokenizer=renderer.identity,
             base_fingerprint=fingerprint,
-            on_drop=lambda adapter_id: engine.retire(adapter_id),
+            on_drop=drop,
             check=lambda adapter: _check(runner, adapter, settings.max_lora_rank),
             database=database,
             host_bytes=host_bytes(settings, spec),

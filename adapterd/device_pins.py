@@ -45,6 +45,7 @@ class DevicePins:
         self._changed = threading.Condition()  # guards all below
         self._wanted: frozenset[AdapterId] = frozenset()
         self._pinned: set[AdapterId] = set()
+        self._dropped: set[AdapterId] = set()
         self._errors: dict[AdapterId, AdapterdError] = {}
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -72,6 +73,13 @@ class DevicePins:
                 self._wanted, self._errors = wanted, {}
             self._changed.notify_all()
 
+    def dropped(self, adapter_id: AdapterId) -> None:
+        """The engine was just told to give a version up. A name may mean it again by now: then it is pinned anew."""
+        with self._changed:
+            if adapter_id in self._wanted:
+                self._dropped.add(adapter_id)
+                self._changed.notify_all()
+
     def prefetch(self, adapter_id: AdapterId) -> None:
         """Have a version uploaded if there is room for it. Raises what the engine does."""
         self._with_weights(adapter_id, self._engine().prefetch)
@@ -92,9 +100,10 @@ class DevicePins:
                 self._changed.wait_for(lambda: self._stopping or self._due())
                 if self._stopping:
                     return
-                gone = self._pinned - self._wanted
-                new = self._wanted - self._pinned - self._errors.keys()
+                gone = self._gone()
                 self._pinned -= gone
+                new = self._wanted - self._pinned - self._errors.keys()
+                self._dropped.clear()
             # What leaves goes first: its room may be what the others need.
             for adapter_id in gone:
                 self._engine().unpin(adapter_id)
@@ -102,7 +111,11 @@ class DevicePins:
                 self._pin(adapter_id)
 
     def _due(self) -> bool:
-        return bool(self._pinned - self._wanted or self._wanted - self._pinned - self._errors.keys())
+        return bool(self._gone() or self._wanted - self._pinned - self._errors.keys())
+
+    def _gone(self) -> set[AdapterId]:
+        """What is wanted no more, or was dropped since it was pinned."""
+        return (self._pinned - self._wanted) | (self._pinned & self._dropped)
 
     def _pin(self, adapter_id: AdapterId) -> None:
         error: AdapterdError | None = None

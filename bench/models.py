@@ -125,14 +125,21 @@ def make_base(config: Any, directory: Path, seed: int = 0) -> int:
     return sum(weight.nbytes for weight in weights.values())
 
 
-def make_adapter(linears: Mapping[str, tuple[int, int]], directory: Path, rank: int, seed: int) -> int:
-    """Write a PEFT directory over these linears, bfloat16; returns the bytes of its matrices."""
+def make_adapter(
+    linears: Mapping[str, tuple[int, int]], directory: Path, rank: int, seed: int, *, strength: float = 0.1
+) -> int:
+    """Write a PEFT directory over these linears, bfloat16; returns the bytes of its matrices.
+
+    strength: the deviation of B times the root of the rank; 0.1 changes logits, 1 an answer from its first tokens on.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
     for path, (d_out, d_in) in linears.items():
         a = torch.empty(rank, d_in, dtype=torch.bfloat16).normal_(0.0, d_in**-0.5, generator=generator)
-        b = torch.empty(d_out, rank, dtype=torch.bfloat16).normal_(0.0, 0.1 * rank**-0.5, generator=generator)
+        b = torch.empty(d_out, rank, dtype=torch.bfloat16).normal_(
+            0.0, strength * rank**-0.5, generator=generator
+        )
         matrices[f"base_model.model.{path}.lora_A.weight"] = a
         matrices[f"base_model.model.{path}.lora_B.weight"] = b
     save_file(matrices, directory / "adapter_model.safetensors", metadata={"format": "pt"})

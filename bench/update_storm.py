@@ -175,6 +175,8 @@ class Reference:
 
         self._torch = torch
         self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        # Answers go on to their length, whatever they say, as with ignore_eos.
+        self._model.generation_config.eos_token_id = None
         self._peft: Any = None
 
     def greedy(self, folder: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -192,7 +194,6 @@ class Reference:
                 input_ids=torch.tensor([list(prompt)]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
                 do_sample=False,
                 pad_token_id=0,
             )

@@ -31,7 +31,8 @@ class Device:
         self.pinned.append(adapter_id)
 
     def unpin(self, adapter_id: AdapterId) -> None:
-        self.pinned.remove(adapter_id)
+        """Harmless if it is not pinned, as the engine's."""
+        self.pinned = [pinned for pinned in self.pinned if pinned != adapter_id]
 
     def prefetch(self, adapter_id: AdapterId) -> None:
         assert adapter_id in self.leased
@@ -114,6 +115,44 @@ def test_waiting_ends_when_it_is_wanted_no_more(pins: DevicePins, device: Device
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
+
+
+def test_what_the_engine_was_told_to_drop_is_pinned_again_if_it_is_still_wanted(
+    pins: DevicePins, device: Device
+) -> None:
+    want(pins, device, frozenset({A}))
+    pins.wait(A, 5)
+    # A pinned name went on to another version and came back before anybody looked: the engine has heard of the end
+    # of its version, and pins see no change.
+    device.pinned.clear()
+    pins.dropped(A)
+    until(lambda: device.pinned == [A])
+    want(pins, device, frozenset())
+    until(lambda: device.pinned == [])
+    pins.dropped(A)
+    want(pins, device, frozenset({B}))
+    pins.wait(B, 5)
+    assert device.pinned == [B]
+
+
+def test_what_is_dropped_while_it_is_being_pinned_is_pinned_again() -> None:
+    class DropsOnce(Device):
+        has_dropped = False
+
+        def pin(self, adapter_id: AdapterId) -> None:
+            super().pin(adapter_id)
+            if not self.has_dropped:
+                self.has_dropped = True
+                self.pinned.clear()
+                pins.dropped(adapter_id)
+
+    dropping = DropsOnce(room=2)
+    pins = DevicePins(lambda: dropping, lambda: frozenset({A}), dropping.read.append, dropping.lease)
+    pins.start()
+    pins.follow()
+    until(lambda: dropping.pinned == [A])
+    pins.stop()
+    assert dropping.has_dropped
 
 
 def test_prefetch_holds_the_weights_while_the_engine_takes_them(pins: DevicePins, device: Device) -> None:

@@ -78,7 +78,9 @@ class Residency:
         self._wishes.append(adapter_id)
 
     def retire(self, adapter_id: AdapterId) -> None:
+        """A version that nobody will ask for again: wishes for it are void, and what there is of it leaves."""
         self.unpin(adapter_id)
+        self._wishes = [wished for wished in self._wishes if wished != adapter_id]
         self._slots.retire(adapter_id)
 
     def is_wanted(self, adapter_id: AdapterId) -> bool:

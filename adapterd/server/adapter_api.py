@@ -135,15 +135,14 @@ class Adapters:
         ids = [version.id for version in entry.versions]
         before = memory.held_by(ids)
         await asyncio.to_thread(self._registry.forget if forget else self._registry.unload, name)
-        # What another name means as well stays, and is nobody's to wait for.
-        ids = [adapter_id for adapter_id in ids if not self._registry.use_of(adapter_id).is_wanted]
         num_aborted = 0
         if not await memory.is_back(ids, seconds) and abort:
             num_aborted = sum(
                 self._state.in_use.fail(adapter_id, f"the adapter {name!r} was unloaded")
-                for adapter_id in ids
+                for adapter_id in memory.unwanted(ids)
             )
             await memory.is_back(ids, ABORT_SECONDS)
+        ids = memory.unwanted(ids)
         held = memory.held_by(ids)
         answer: Unloaded = {
             "object": "adapter.unloading" if held else "adapter.unloaded",
@@ -195,10 +194,17 @@ class _Memory:
             if use.num_leases or use.host_bytes or adapter_id in device
         ]
 
+    def unwanted(self, ids: Sequence[AdapterId]) -> list[AdapterId]:
+        """Without those that a name means, another one or this one again by now: they stay, and are nobody's to wait
+        for or to end."""
+        return [
+            adapter_id for adapter_id in ids if not self._state.daemon.registry.use_of(adapter_id).is_wanted
+        ]
+
     async def is_back(self, ids: Sequence[AdapterId], seconds: float) -> bool:
-        """Wait until the versions take no memory, at most `seconds`; whether that came about."""
+        """Wait until the versions take no memory or are wanted again, at most `seconds`; whether that came about."""
         deadline = time.monotonic() + seconds
-        while self.held_by(ids):
+        while self.held_by(self.unwanted(ids)):
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(_POLL_SECONDS)

@@ -107,6 +107,15 @@ def test_prefetch_takes_idle_pages_but_none_that_the_line_needs() -> None:
     assert simulation.slots.is_booked(mix("c"))
 
 
+def test_prefetch_of_what_is_retired_in_the_same_step_brings_nothing() -> None:
+    simulation = simulate(num_pages=2)
+    simulation.scheduler.residency.prefetch(adapter("a"))
+    simulation.scheduler.residency.retire(adapter("a"))
+    bring(simulation, "b")
+    # Nobody would ever retire it again: its pages would be lost until somebody needs them.
+    assert resident(simulation) == {"b"}
+
+
 # Who makes room
 
 

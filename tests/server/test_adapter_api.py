@@ -287,6 +287,29 @@ async def test_unload_says_who_holds_the_memory_and_can_end_them(
     registry.check_integrity()
 
 
+async def test_unload_neither_waits_for_nor_ends_what_was_loaded_again_meanwhile(
+    client: httpx.AsyncClient, engine: DeviceMemory
+) -> None:
+    await load(client, "a", ".v/one")
+    engine.is_held = True
+    running = asyncio.create_task(client.post("/v1/chat/completions", **chat("a")))
+    while not engine.requests:
+        await asyncio.sleep(0.005)
+    unloading = asyncio.create_task(post(client, "a/unload", deadline_seconds=30, abort=True))
+    while (await client.get("/v1/adapters/a")).status_code == 200:
+        await asyncio.sleep(0.005)
+    assert not unloading.done()
+    await load(client, "a", ".v/one")
+    response = await asyncio.wait_for(unloading, 10)
+    assert (response.status_code, response.json()["object"]) == (200, "adapter.unloaded")
+    assert (response.json()["digests"], response.json()["requests_aborted"]) == ([], 0)
+    assert (response.json()["host_bytes"], response.json()["device_bytes"]) == (0, 0)
+    # The unload had left it alone; another ends it, so that nothing is left running.
+    assert not running.done()
+    await post(client, "a/unload", deadline_seconds=0, abort=True)
+    assert (await running).status_code == 503
+
+
 async def test_what_another_name_means_as_well_stays(client: httpx.AsyncClient, engine: DeviceMemory) -> None:
     await load(client, "a", ".v/one")
     await load(client, "b", ".v/one")

@@ -1,0 +1,88 @@
+"""The load/unload storm: what it would notice, and a short one against the real daemon."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.load_storm import main, unbalanced
+from bench.storm_threads import CHANGES, Asked, Outcome, wrong_answer, wrong_outcome
+
+REFERENCES = {"one": [1, 2, 3], "two": [4, 5, 6]}
+RIGHT = Asked("a", status=200, digest="two", token_ids=[4, 5, 6], seconds=1.0)
+
+
+@pytest.mark.parametrize("may_be_gone", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (RIGHT, None),
+        (replace(RIGHT, is_cut=True, token_ids=[4]), None),
+        (replace(RIGHT, token_ids=[4, 5]), r"\[4, 5\] is not"),
+        (replace(RIGHT, token_ids=[1, 2, 3]), r"\[1, 2, 3\] is not"),
+        (replace(RIGHT, is_cut=True, token_ids=[1]), r"\[1\] is not"),
+        (replace(RIGHT, digest="three"), "which it never was"),
+        (replace(RIGHT, error="the stream was cut off"), "in the stream: the stream was cut off"),
+        (replace(RIGHT, seconds=61.0), "took 61"),
+        (Asked("a", status=503, error="later"), "HTTP 503: later"),
+        (Asked("a", status=400, error="what?"), "HTTP 400: what?"),
+        (Asked("a", status=0, error="ReadTimeout"), "HTTP 0: ReadTimeout"),
+    ],
+)
+def test_an_answer_must_be_one_versions_whole_and_in_time(
+    asked: Asked, complaint: str | None, may_be_gone: bool
+) -> None:
+    said = wrong_answer(asked, REFERENCES, 60.0, may_be_gone=may_be_gone)
+    if complaint is None:
+        assert said is None
+    else:
+        with pytest.raises(AssertionError, match=complaint):
+            raise AssertionError(said)
+
+
+@pytest.mark.parametrize("status", [404, 409, 429])
+def test_only_what_comes_and_goes_may_be_missing(status: int) -> None:
+    asked = Asked("a", status=status, error="not here")
+    assert wrong_answer(asked, REFERENCES, 60.0, may_be_gone=True) is None
+    assert wrong_answer(asked, REFERENCES, 60.0, may_be_gone=False) == f"a: HTTP {status}: not here"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "seconds", "is_wrong"),
+    [
+        (200, "", 1.0, False),
+        (404, "", 1.0, False),
+        (400, "The lora adapter 'a' has already been loaded.", 1.0, False),
+        (400, "'lora_path' must be provided", 1.0, True),
+        (500, "", 1.0, True),
+        (503, "", 1.0, True),
+        (0, "ReadTimeout", 1.0, True),
+        (200, "", 61.0, True),
+    ],
+)
+def test_an_operation_must_be_done_or_refused_in_time(
+    status: int, text: str, seconds: float, is_wrong: bool
+) -> None:
+    assert (wrong_outcome(Outcome("load", "a", status, text, seconds), 60.0) is not None) == is_wrong
+
+
+def test_what_is_not_given_back_is_named() -> None:
+    before = {"host_adapter_bytes": 10.0, "running": 0.0}
+    assert unbalanced(before, dict(before)) == []
+    assert unbalanced(before, before | {"running": 1.0}) == ["running: 0 before and 1 after"]
+
+
+def test_a_short_storm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "storm.json"
+    size = ["--threads", "4", "--operations", "30", "--names", "2"]
+    status = main([*size, "--seed", "1", "--out", str(out)])
+    captured = capsys.readouterr()
+    assert out.exists(), captured.err
+    result = json.loads(captured.out.splitlines()[-1])
+    assert (status, result["wrong"]) == (0, [])
+    assert result["operations"].keys() <= CHANGES.keys()
+    assert sum(sum(counts.values()) for counts in result["operations"].values()) == 4 * 30
+    assert result["answers_of_the_steady"] > 4
+    assert result["answers_of_the_touched"]["200"] > 0
+    assert result["after"] == result["before"]
