@@ -46,7 +46,9 @@ _TINY_DECODE = (
     "32",
 )
 _MIN_SECONDS = 20.0
-"""A part that would get less than this is left out."""
+"""No part begins with less than this left for all."""
+
+_LAST_WORDS_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -
 
 def _pytest(files: Sequence[str], *, in_parallel: bool) -> list[str]:
     # Another version of Python, torch or transformers warns of other things.
-    command = [sys.executable, "-m", "pytest", "-rfEs", "--tb=short", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--tb=short", "-W", "default"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=8"]
     if find_spec("pytest_timeout") is not None:
         command += ["--timeout", "100"]
@@ -106,7 +108,7 @@ def _pytest(files: Sequence[str], *, in_parallel: bool) -> list[str]:
 def run(part: Part, log: TextIO, seconds_left: float) -> str:
     """Run a part to its end or limit, its output shown and kept; how it ended, in a few words."""
     limit = min(part.limit_seconds, seconds_left)
-    if limit < _MIN_SECONDS:
+    if seconds_left < _MIN_SECONDS:
         return "left out: no time"
     print(f"== {part.name}: {' '.join(part.command[1:])}", flush=True)
     log.write(f"== {part.name}: {' '.join(part.command[1:])}\n")
@@ -126,6 +128,10 @@ def run(part: Part, log: TextIO, seconds_left: float) -> str:
         ended = "passed" if status == 0 else f"exit status {status}"
     except subprocess.TimeoutExpired:
         ended = f"stopped at {limit:.0f} s"
+        # pytest then names what has failed so far.
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(_LAST_WORDS_SECONDS)
     _end_group(process)
     return f"{ended}, {time.monotonic() - began:.0f} s"
 
@@ -149,10 +155,9 @@ def summary_of(part: Part, ended: str, output: str) -> str:
     elif part.figures is not None:
         lines += output.splitlines()[-12:]
     else:
-        found = [
-            line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  "))
-        ]
-        lines += [line[:200] for line in found[:30]]
+        marks = ("FAILED ", " FAILED", "ERROR ", "SKIPPED [", "E  ")
+        found = [line[:200] for line in output.splitlines() if any(mark in line for mark in marks)]
+        lines += list(dict.fromkeys(found))[:30]
         lines += [line[:200] for line in output.splitlines()[-2:]]
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ from bench.gpu_device import describe, device_seconds, matrix_rates, memory_ways
 from bench.gpu_figures import Measure, table
 from bench.gpu_report import Report
 from bench.gpu_trace import noted_replays, trace_steps
-from bench.models import SHAPES
+from bench.models import SHAPES, config_of
 from bench.offline import OfflineEngine, Sizes, Steps
 from bench.random_models import adapter_of, random_base, random_matrices
 from bench.report import machine
@@ -84,7 +84,7 @@ class DecodeBench:
         self.output_tokens: int = arguments.output_tokens
         self.rank: int = arguments.rank
         dtype = getattr(torch, arguments.dtype)
-        config = SHAPES[arguments.shape]()
+        config = config_of(arguments.shape, arguments.layers)
         self.shape = shape_of(config)
         began = time.perf_counter()
         base = random_base(
@@ -191,7 +191,7 @@ def measure_device(
             report.keep("bytes_per_second", speeds)
     rates: dict[str, float] = {}
     with report.part("matrix rates"):
-        linears = shape_of(SHAPES[arguments.shape]()).linears
+        linears = shape_of(config_of(arguments.shape)).linears
         rates = matrix_rates(linears, device, sorted({*arguments.prefill, 4096}), dtype)
         report.keep("flops_per_second", rates)
     return speeds, rates
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     cases = [Case.parse(text) for text in arguments.cases.split(",")]
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    shape = shape_of(SHAPES[arguments.shape]())
+    shape = shape_of(config_of(arguments.shape, arguments.layers))
     report = Report(
         arguments.out,
         bench="gpu_decode",
@@ -295,6 +295,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    add("--layers", type=int, help="fewer than the shape has, to try something out")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--kernels", choices=("auto", "torch", "triton"), default="triton")

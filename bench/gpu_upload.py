@@ -27,7 +27,7 @@ from adapterd.core import AdapterId, Batch, RequestId, Tier
 from bench.floor import shape_of
 from bench.gpu_device import describe
 from bench.gpu_report import Report
-from bench.models import SHAPES
+from bench.models import SHAPES, config_of
 from bench.offline import OfflineEngine, Sizes
 from bench.random_models import adapter_of, random_base, random_matrices
 from bench.report import machine, percentile
@@ -86,7 +86,7 @@ class UploadBench:
         self.period_seconds: float = arguments.period_ms / 1000
         self.newcomer_tokens: int = arguments.newcomer_tokens
         dtype = getattr(torch, arguments.dtype)
-        config = SHAPES[arguments.shape]()
+        config = config_of(arguments.shape, arguments.layers)
         base = random_base(config, self.device, dtype, kernels=arguments.kernels)
         self._matrices = [
             random_matrices(base.spec, arguments.rank, self.device, dtype) for _ in range(_NUM_MATRICES)
@@ -286,6 +286,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    add("--layers", type=int, help="fewer than the shape has, to try something out")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--kernels", choices=("auto", "torch", "triton"), default="triton")

@@ -65,6 +65,16 @@ SHAPES: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+def config_of(shape: str, num_layers: int | None = None) -> Any:
+    """One of SHAPES, cut to its first layers if `num_layers` is given."""
+    config = SHAPES[shape]()
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    return config
+
+
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of exactly `vocab_size` entries: special tokens, bytes, syllables, and words of two syllables.
 

@@ -110,6 +110,20 @@ def test_what_a_part_prints_and_how_it_ends_is_kept(tmp_path: Path) -> None:
         assert gpu_all.run(part, log, 1) == "left out: no time"
 
 
+def test_a_part_that_takes_too_long_is_interrupted_and_may_say_what_it_has(tmp_path: Path) -> None:
+    program = (
+        "import time\n"
+        "try: print('started', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt: print('tests/gpu/test_x.py::test_y FAILED')"
+    )
+    part = gpu_all.Part("tests", [sys.executable, "-c", program], 1.5)
+    with (tmp_path / "log.txt").open("w+") as log:
+        ended = gpu_all.run(part, log, 100)
+        log.seek(0)
+        assert "test_y FAILED" in gpu_all.summary_of(part, ended, log.read())
+    assert ended.startswith("stopped at 2 s")
+
+
 @pytest.mark.parametrize("name", gpu_all.PARTS)
 def test_every_part_is_a_command_of_this_repository(name: str, tmp_path: Path) -> None:
     [part] = gpu_all.parts_of([name], tmp_path, profile=True, try_out=False)

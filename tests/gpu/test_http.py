@@ -37,7 +37,8 @@ QUESTIONS = [
     "I was charged twice for order 48213. Please fix it today.",
     "My parcel has not arrived.",
 ]
-SERVED = ("--device", DEVICE, "--max-num-seqs", "16", "--kv-memory", "64MiB", "--adapter-memory", "64MiB")
+# Few sequences at once are few sizes of graphs, and few kernels to compile before the daemon is ready.
+SERVED = ("--device", DEVICE, "--max-num-seqs", "4", "--kv-memory", "64MiB", "--adapter-memory", "64MiB")
 
 
 @pytest.fixture(scope="module")
