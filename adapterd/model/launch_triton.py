@@ -7,6 +7,7 @@ kernel in front writes, or write at all: whatever is older is complete, since ev
 from functools import cache
 
 import torch
+from triton.runtime import driver
 
 _CAPABILITY = (9, 0)
 _NUM_COUNTS = 1 << 16
@@ -26,6 +27,14 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 def num_processors(device: torch.device) -> int:
     """Of the device; one where there is none, since Triton's interpreter runs one program at a time."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Memory on the chip that one program may take, as Triton checks it; where there is no device, a large one's."""
+    if device.type != "cuda":
+        return 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama kind on a CUDA device: four products and six kernels between them.
+"""A decoder layer of the Llama kind on a CUDA device: four products and five kernels between them.
 
 q, k and v are one product, gate and up another; what a layer adds to its input is summed by the product itself. Which
 layers are of the kind says layers.py.
@@ -51,7 +51,7 @@ class Projection:
         assert self.weight is not None
         d_out, d_in = self.weight.shape
         has_group = bool(self._step.segments)
-        tiling = tiling_of(d_out, d_in, len(x), x.device, has_group=has_group)
+        tiling = tiling_of(d_out, d_in, len(x), x.dtype, x.device, has_group=has_group)
         group = self._group(x, is_beside=tiling is not None) if has_group else None
         if tiling is not None:
             few_tokens_linear(
@@ -112,7 +112,7 @@ class FewTokensForward:
         weight, bias = self._linear.weight, self._linear.bias
         rows = x.reshape(-1, x.shape[-1])
         d_out, d_in = weight.shape
-        tiling = tiling_of(d_out, d_in, len(rows), x.device)
+        tiling = tiling_of(d_out, d_in, len(rows), x.dtype, x.device)
         if tiling is None:
             return F.linear(x, weight, bias)
         y = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)

@@ -5,16 +5,16 @@ kernel in front has ended. The parts of a row are summed by whichever program co
 result does not depend on who that is. The first half of what adapters add runs beside it, in the same launch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
+from adapterd.model.launch_triton import launch_options, num_processors, shared_bytes, zero_counts
 from adapterd.model.lora_kernels_triton import shrink_tile
-from adapterd.model.lora_triton import BLOCK_ROWS, GroupStep
+from adapterd.model.lora_triton import BLOCK_ROWS, SHORT_TILE, SHRINK_BYTES, GroupStep
 
 MAX_TOKENS = 64
 """For more, products are bound by arithmetic rather than by weights, and the vendor's library is better."""
@@ -139,15 +139,34 @@ class Tiling:
 
 
 def tiling_of(
-    d_out: int, d_in: int, num_tokens: int, device: torch.device, *, has_group: bool = False
+    d_out: int,
+    d_in: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_group: bool = False,
 ) -> Tiling | None:
-    """What was fastest for Llama-3-8B's shapes on an H200 (bench/LOG.md); None where this kernel is not.
+    """What was fastest for Llama-3-8B's shapes on an H200 (bench/LOG.md), with no more stages than the chip has room
+    for; None where this kernel is not the fastest.
 
     has_group: adapters are shrunk beside it, which needs room for several programs on a processor.
     """
     if num_tokens > MAX_TOKENS or d_in % 16:
         return None
-    processors = num_processors(device)
+    tiling = _fastest(d_out, d_in, num_tokens, num_processors(device), has_group=has_group)
+    room = shared_bytes(device)
+    while tiling_bytes(tiling, num_tokens, dtype, has_group=has_group) > room:
+        if tiling.num_stages > 2:
+            tiling = replace(tiling, num_stages=tiling.num_stages - 1)
+        elif tiling.block_in > 16:
+            tiling = replace(tiling, block_in=tiling.block_in // 2)
+        else:
+            return None
+    return tiling
+
+
+def _fastest(d_out: int, d_in: int, num_tokens: int, processors: int, *, has_group: bool) -> Tiling:
     if num_tokens > 16 and d_out >= 128 * 1.5 * processors:
         return Tiling(128, _divisor(d_in, 128), 1, num_stages=3 if has_group else 4, num_warps=8)
     num_blocks = triton.cdiv(d_out, 64)
@@ -161,6 +180,18 @@ def tiling_of(
     while 2 * num_blocks * num_splits <= room and d_in % (2 * block_in * num_splits) == 0:
         num_splits *= 2
     return Tiling(64, block_in, num_splits, num_stages=3 if has_group else 4)
+
+
+def tiling_bytes(tiling: Tiling, num_tokens: int, dtype: torch.dtype, *, has_group: bool) -> int:
+    """Memory on the chip that a program takes at most: a stage is a piece of weights with one of x, and what is
+    loaded ahead of all stages has a place of its own."""
+    stage = (tiling.block_out + _block_tokens(num_tokens)) * tiling.block_in * dtype.itemsize
+    return (tiling.num_stages + 1) * max(stage, SHRINK_BYTES if has_group else 0)
+
+
+def _block_tokens(num_tokens: int) -> int:
+    """Tensor cores take sixteen at least."""
+    return max(int(triton.next_power_of_2(num_tokens)), 16)
 
 
 def _divisor(size: int, largest: int) -> int:
@@ -189,7 +220,7 @@ def few_tokens_linear(
     num_tokens, d_in = x.shape
     d_out = len(weight)
     num_blocks = triton.cdiv(d_out, tiling.block_out)
-    block_tokens = max(triton.next_power_of_2(num_tokens), 16)
+    block_tokens = _block_tokens(num_tokens)
     assert d_in % (tiling.block_in * tiling.num_splits) == 0
     counts = zero_counts(x.device)
     assert num_blocks <= len(counts)
@@ -203,6 +234,7 @@ def few_tokens_linear(
     if group is not None:
         members = len(group.d_outs)
         assert group.num_splits == 1
+        assert group.block_tokens == SHORT_TILE
         num_programs += group.num_tiles * members
         shrink = [
             group.shrunk, group.tiles, group.bounds, group.addresses, group.scales,
@@ -216,7 +248,7 @@ def few_tokens_linear(
         NUM_SPLITS=tiling.num_splits, BLOCK_TOKENS=block_tokens,
         BLOCK_OUT=tiling.block_out, BLOCK_IN=tiling.block_in, NUM_MEMBERS=members,
         ALIGNED=group is not None and group.is_aligned,
-        SHRINK_TOKENS=16 if group is None else group.block_tokens, SHRINK_ROWS=BLOCK_ROWS,
+        SHRINK_TOKENS=SHORT_TILE, SHRINK_ROWS=BLOCK_ROWS,
         SHRINK_IN=16 if group is None else group.block_in,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip

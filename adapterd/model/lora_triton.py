@@ -23,7 +23,11 @@ from adapterd.model.lora_kernels_triton import expand_kernel, shrink_kernel
 BLOCK_ROWS = 16
 """Rank rows at a time: the least that tensor cores take, and the most common rank."""
 
-_SHORT_TILE, _LONG_TILE = 16, 64
+SHORT_TILE, _LONG_TILE = 16, 64
+_SHRINK_ROW_BYTES = 512
+SHRINK_BYTES = (SHORT_TILE + BLOCK_ROWS) * _SHRINK_ROW_BYTES
+"""What a shrink of short tiles has on the chip at a time: so many bytes of each token and of each rank row."""
+
 _SPLIT_COLUMNS = 1024
 """A shrink is split over d_in into parts of about so many columns, which a program reads in two microseconds."""
 _MAX_SPLITS = 16
@@ -63,13 +67,13 @@ class GroupStep:
             self.x, self.shrunk, self.partial, self.counts, self.tiles, self.bounds, self.addresses, self.scales,
             *self.linears, self.bounds.shape[1], num_tokens, self.max_rows, d_in, self.x.stride(0),
             NUM_SPLITS=self.num_splits, **self._settings(), BLOCK_IN=self.block_in,
-            num_warps=4 if self.block_tokens == _SHORT_TILE else 8, num_stages=3,
+            num_warps=4 if self.block_tokens == SHORT_TILE else 8, num_stages=3,
         )  # fmt: skip
 
     def expand(self, y: torch.Tensor) -> None:
         """y: [num_tokens, sum of d_outs], changed in place."""
         # Few long programs: each finds its rows by four loads that wait for one another, then streams.
-        is_short = self.block_tokens == _SHORT_TILE
+        is_short = self.block_tokens == SHORT_TILE
         block_out = 1024 if is_short and max(self.d_outs) >= 8192 else 512
         num_blocks = sum(-(-size // block_out) for size in self.d_outs)
         sizes = [*self.d_outs, *[0] * (_MAX_GROUP - len(self.d_outs))]
@@ -120,7 +124,7 @@ class TritonLoraStep(LoraStep):
         self._fixed_tiles = torch.zeros(256, 3, dtype=torch.int32, device=device)
         self._tiles = self._fixed_tiles
         self._num_tiles = 0
-        self._block_tokens = _SHORT_TILE
+        self._block_tokens = SHORT_TILE
         self._touched: frozenset[int] | None = frozenset()
 
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
@@ -131,7 +135,8 @@ class TritonLoraStep(LoraStep):
             return
         mixes = self._place(segments)
         longest = max(segment.end - segment.start for segment in segments)
-        self._block_tokens = _LONG_TILE if longest >= _LONG_TILE else _SHORT_TILE
+        # Longer than any step whose products are for few tokens: beside those there is room for short tiles alone.
+        self._block_tokens = _LONG_TILE if longest > _LONG_TILE else SHORT_TILE
         tiles = _cut(segments, [mix.index for mix in mixes], self._block_tokens)
         self._num_tiles = len(tiles)
         self._touched = frozenset().union(*(mix.linears for mix in mixes))
@@ -147,13 +152,13 @@ class TritonLoraStep(LoraStep):
         # A segment at least, so that the linears call their kernels: what a graph records serves any later step.
         super().begin(segments or (Segment(0, 0, {}),), num_tokens)
         mixes = self._place(self.segments)
-        tiles = _cut(self.segments, [mix.index for mix in mixes], _SHORT_TILE)
+        tiles = _cut(self.segments, [mix.index for mix in mixes], SHORT_TILE)
         tiles += [(0, 0, 0)] * (num_tokens - len(tiles))
         if num_tokens > len(self._fixed_tiles):
             self._fixed_tiles = self._fixed_tiles.new_zeros(_doubled(len(self._fixed_tiles), num_tokens), 3)
             self.generation += 1
         self._tiles, self._num_tiles = self._fixed_tiles, num_tokens
-        self._block_tokens, self._touched = _SHORT_TILE, None
+        self._block_tokens, self._touched = SHORT_TILE, None
         _copy(self._fixed_tiles[:num_tokens], torch.tensor(tiles, dtype=torch.int32).view(-1, 3))
 
     def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
@@ -205,7 +210,7 @@ class TritonLoraStep(LoraStep):
             max_rows=self._max_rows,
             is_aligned=all(size % per_16_bytes == 0 for size in (d_in, *d_outs)),
             block_tokens=self._block_tokens,
-            block_in=128 if x.dtype == torch.float32 else 256,
+            block_in=_SHRINK_ROW_BYTES // x.element_size(),
         )
 
     def _number(self, path: str) -> int:

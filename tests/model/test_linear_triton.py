@@ -5,8 +5,8 @@ import torch
 
 from tests.triton_kernels import DEVICE
 
-from adapterd.model.launch_triton import zero_counts  # isort: skip  (needs the interpreter's setting)
-from adapterd.model.linear_triton import Tiling, few_tokens_linear, tiling_of  # isort: skip
+from adapterd.model.launch_triton import shared_bytes, zero_counts  # isort: skip  (needs the interpreter's setting)
+from adapterd.model.linear_triton import Tiling, few_tokens_linear, tiling_bytes, tiling_of  # isort: skip
 
 TILINGS = [Tiling(16, 32, 1), Tiling(32, 32, 2), Tiling(64, 16, 4), Tiling(16, 128, 1)]
 
@@ -46,14 +46,36 @@ def test_is_the_product_of_whole_numbers_and_scales(tiling: Tiling) -> None:
     torch.testing.assert_close(y.cpu().double(), expected, atol=1e-3, rtol=1e-5)
 
 
+SHAPES = [(6144, 4096), (4096, 14336), (28672, 4096), (128256, 4096), (50, 48)]
+
+
+@pytest.mark.parametrize("has_group", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 64])
-@pytest.mark.parametrize(("d_out", "d_in"), [(6144, 4096), (4096, 14336), (128256, 4096), (50, 48)])
-def test_tilings_fill_d_in(d_out: int, d_in: int, num_tokens: int) -> None:
-    tiling = tiling_of(d_out, d_in, num_tokens, DEVICE)
+@pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
+def test_tilings_divide_d_in_and_fit_the_chip(
+    d_out: int, d_in: int, num_tokens: int, dtype: torch.dtype, has_group: bool
+) -> None:
+    tiling = tiling_of(d_out, d_in, num_tokens, dtype, DEVICE, has_group=has_group)
     assert tiling is not None
     assert d_in % (tiling.block_in * tiling.num_splits) == 0
+    assert tiling_bytes(tiling, num_tokens, dtype, has_group=has_group) <= shared_bytes(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "num_tokens", "expected"),
+    [
+        (Tiling(64, 128, 1, 4), 16, 102_400),
+        (Tiling(64, 128, 4, 4), 32, 122_880),
+        (Tiling(128, 128, 1, 3, 8), 32, 163_840),
+        (Tiling(64, 64, 1, 8), 32, 110_592),
+    ],
+)
+def test_bytes_of_a_tiling_are_what_triton_takes(tiling: Tiling, num_tokens: int, expected: int) -> None:
+    """Read off the kernels that Triton 3.6 compiles for compute capability 9.0."""
+    assert tiling_bytes(tiling, num_tokens, torch.bfloat16, has_group=False) == expected
 
 
 def test_many_tokens_and_odd_widths_are_the_librarys() -> None:
-    assert tiling_of(4096, 4096, 65, DEVICE) is None
-    assert tiling_of(4096, 100, 1, DEVICE) is None
+    assert tiling_of(4096, 4096, 65, torch.bfloat16, DEVICE) is None
+    assert tiling_of(4096, 100, 1, torch.bfloat16, DEVICE) is None
