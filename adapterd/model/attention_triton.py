@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
+from adapterd.model.transfer import to_device
 
 _PROGRAMS_PER_PROCESSOR = 8
 """A decode is split over its contexts until about so many run."""
@@ -268,11 +269,6 @@ def plan_blocks(
 
 def _tile_table(tiles: list[tuple[int, int, int, int]], device: torch.device) -> torch.Tensor:
     return to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting: torch keeps pinned memory until the copy has run."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def triton_paged_attention(
