@@ -29,13 +29,23 @@ template <typename T>
 using Prepared = float;
 #endif
 
-constexpr int kTileRows = 4;    // rows of weights that a tile takes
-constexpr int kGroupRows = 16;  // rows of weights that meet all tokens before the next rows are read
-constexpr int kTileTokens = 6;  // tokens that a tile takes: 4 * 6 sums, with a block of weights, fill 32 registers
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kFewRegisters = true;  // 16
+#else
+constexpr bool kFewRegisters = false;  // 32
+#endif
 
-// Columns at a time: 6 tokens of them, 24 KiB, stay in the first cache.
+constexpr int kGroupRows = 16;                      // rows of weights that meet all tokens before the next rows are read
+constexpr int kTileTokens = kFewRegisters ? 5 : 6;  // tokens that a tile takes at most
+
+// Rows of weights that a tile of so many tokens takes. Its sums must stay in registers beside a block of weights and one
+// of x, so 4 * 6 go with 32 registers, 2 * 5 with 16; and be many, since each product waits for its sum's last.
+constexpr int tile_rows(int tokens) { return kFewRegisters && tokens > 2 ? 2 : 4; }
+constexpr int kTileRows = tile_rows(1);
+
+// Columns at a time: a tile's tokens of them, 24 KiB at most, stay in the first cache.
 template <typename T>
-constexpr int64_t kChunk = 24 * 1024 / (kTileTokens * sizeof(Prepared<T>));
+constexpr int64_t kChunk = 4096 / sizeof(Prepared<T>);
 
 // Numbers from one prepared row to the next: whole blocks, and one more, since rows a multiple of 4096 bytes apart
 // would all fall into the same few lines of the first cache.
@@ -60,6 +70,44 @@ struct Prefetch {
   const T* rows = nullptr;
   int count = 0;
 };
+
+// Else a compiler that runs short of registers reads it anew from memory for each product.
+inline void keep_in_register(Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));  // any vector register
+#endif
+}
+
+// out[i * ldo + j] += the lanes of sums[i][j].
+template <int NW, int NX>
+__attribute__((always_inline)) inline void add_sums(const Vec (&sums)[NX][NW], float* out, int64_t ldo) {
+  const auto add = [](float* to, const auto& more) __attribute__((always_inline)) {
+    const auto sum = load_as<std::decay_t<decltype(more)>>(to) + more;
+    std::memcpy(to, &sum, sizeof sum);
+  };
+  if constexpr (NW == 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < NX; ++i) add(out + i * ldo, sum_lanes_of_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]));
+  } else if constexpr (NW == 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i + 1 < NX; i += 2) {
+      struct Halves {
+        Floats<2>::type first, second;
+      };
+      const auto two = bits<Halves>(sum_lanes_of_four(sums[i][0], sums[i][1], sums[i + 1][0], sums[i + 1][1]));
+      add(out + i * ldo, two.first);
+      add(out + (i + 1) * ldo, two.second);
+    }
+    if constexpr (NX % 2) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NW; ++j) out[(NX - 1) * ldo + j] += sum_lanes(sums[NX - 1][j]);
+    }
+  } else {
+    static_assert(NW == 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < NX; ++i) out[i * ldo] += sum_lanes(sums[i][0]);
+  }
+}
 
 // out[i * ldo + j] += the product over columns [0, n), i < NX, j < NW.
 template <typename T, int NW, int NX>
@@ -88,25 +136,23 @@ inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx,
     }
 #endif
     if constexpr (std::is_same_v<Prepared<T>, float>) {
-      Vec weights[NW];
+      const auto add_half = [&](const Prepared<T>* half_x, auto load) __attribute__((always_inline)) {
+        Vec weights[NW];
 #pragma GCC unroll 8
-      for (int j = 0; j < NW; ++j) weights[j] = load_first(tile_w + j * stride);
+        for (int j = 0; j < NW; ++j) weights[j] = load(tile_w + j * stride);
 #pragma GCC unroll 8
-      for (int i = 0; i < NX; ++i) {
-        const Vec token = load_as<Vec>(tile_x + i * ldx);
+        for (int i = 0; i < NX; ++i) {
+          Vec token = load_as<Vec>(half_x + i * ldx);
+          keep_in_register(token);
 #pragma GCC unroll 8
-        for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
-      }
-      // The compiler must not keep both halves of the weights: with 24 sums there are not enough registers.
-      asm volatile("" ::: "memory");
-#pragma GCC unroll 8
-      for (int j = 0; j < NW; ++j) weights[j] = load_second(tile_w + j * stride);
-#pragma GCC unroll 8
-      for (int i = 0; i < NX; ++i) {
-        const Vec token = load_as<Vec>(tile_x + i * ldx + kLanes);
-#pragma GCC unroll 8
-        for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
-      }
+          for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
+        }
+      };
+      add_half(tile_x, [](const T* p) { return load_first(p); });
+      // The compiler must not keep both halves of the weights: there are not enough registers.
+      const Prepared<T>* second_x = tile_x + kLanes;
+      asm volatile("" : "+r"(second_x) : : "memory");
+      add_half(second_x, [](const T* p) { return load_second(p); });
     }
   };
   int64_t k = 0;
@@ -119,30 +165,7 @@ inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx,
     for (int j = 0; j < NW; ++j) std::memcpy(rest[j], w + j * ldw + k, (n - k) * sizeof(T));
     add(rest[0], kBlock, x + k);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < NX; ++i) {
-    if constexpr (NW == 4) {
-      const auto four = load_as<Floats<4>::type>(out + i * ldo) +
-                        sum_lanes_of_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
-      std::memcpy(out + i * ldo, &four, sizeof four);
-    } else {
-      static_assert(NW == 1);
-      out[i * ldo] += sum_lanes(sums[i][0]);
-    }
-  }
-}
-
-template <typename T, int NW>
-inline void dot_tokens(int tokens, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out,
-                       int64_t ldo, Prefetch<T> next) {
-  switch (tokens) {
-    case 1: return dot_tile<T, NW, 1>(w, ldw, x, ldx, n, out, ldo, next);
-    case 2: return dot_tile<T, NW, 2>(w, ldw, x, ldx, n, out, ldo, next);
-    case 3: return dot_tile<T, NW, 3>(w, ldw, x, ldx, n, out, ldo, next);
-    case 4: return dot_tile<T, NW, 4>(w, ldw, x, ldx, n, out, ldo, next);
-    case 5: return dot_tile<T, NW, 5>(w, ldw, x, ldx, n, out, ldo, next);
-    default: return dot_tile<T, NW, 6>(w, ldw, x, ldx, n, out, ldo, next);
-  }
+  add_sums(sums, out, ldo);
 }
 
 // Ask for `count` rows of n numbers each, `stride` apart, before they are needed.
@@ -154,34 +177,49 @@ inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t 
   }
 }
 
+// out[i * ldo + j] += the product over columns [0, n), i < NX, j < rows: the pass `pass` of `passes` over these rows. Each
+// asks for its share of the rows from `next` on.
+template <typename T, int NX>
+inline void dot_pass(int rows, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out,
+                     int64_t ldo, const T* next, int64_t pass, int64_t passes) {
+  constexpr int64_t NW = tile_rows(NX);
+  const int64_t share = (NW + passes - 1) / passes;
+  const int64_t first = std::min<int64_t>(pass * share, NW);
+  const int64_t last = std::min<int64_t>(first + share, NW);
+  int row = 0;
+  for (; row + NW <= rows; row += NW) {
+    Prefetch<T> ahead;
+    if (next) ahead = {next + (row + first) * ldw, static_cast<int>(last - first)};
+    dot_tile<T, NW, NX>(w + row * ldw, ldw, x, ldx, n, out + row, ldo, ahead);
+  }
+  for (; row < rows; ++row) dot_tile<T, 1, NX>(w + row * ldw, ldw, x, ldx, n, out + row, ldo, {});
+}
+
 // out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens. `next` is
 // what will be multiplied after this, as many rows with the same stride: while the processor is busy with what is
 // here, each tile asks memory for its share of them, else memory would stand idle for all passes but the first.
 //
-//            x: 6 tokens, stay in the first cache
-//   w  rows 0..3     tile -> tile       the second six tokens meet the same rows in the second cache
+//            x: a tile's tokens, stay in the first cache
+//   w  rows 0..3     tile -> tile       the next tokens meet the same rows in the second cache
 //      rows 4..7     tile -> tile
 //      ...
 template <typename T>
 inline void dot_group(int rows, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t tokens, int64_t n,
                       float* out, int64_t ldo, const T* next) {
-  if (tokens == 0) return;
   const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t share = (kTileRows + passes - 1) / passes;
   int64_t start = 0;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int count = static_cast<int>((tokens - start + passes - pass - 1) / (passes - pass));
-    const Prepared<T>* tile_x = x + start * ldx;
-    float* tile_out = out + start * ldo;
-    const int64_t first = std::min<int64_t>(pass * share, kTileRows);
-    const int64_t last = std::min<int64_t>(first + share, kTileRows);
-    int row = 0;
-    for (; row + kTileRows <= rows; row += kTileRows) {
-      Prefetch<T> ahead;
-      if (next) ahead = {next + (row + first) * ldw, static_cast<int>(last - first)};
-      dot_tokens<T, kTileRows>(count, w + row * ldw, ldw, tile_x, ldx, n, tile_out + row, ldo, ahead);
+    const int64_t count = (tokens - start + passes - pass - 1) / (passes - pass);
+    const Prepared<T>* tokens_x = x + start * ldx;
+    float* sums = out + start * ldo;
+    switch (count) {
+      case 1: dot_pass<T, 1>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes); break;
+      case 2: dot_pass<T, 2>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes); break;
+      case 3: dot_pass<T, 3>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes); break;
+      case 4: dot_pass<T, 4>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes); break;
+      case 5: dot_pass<T, 5>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes); break;
+      default: dot_pass<T, kTileTokens>(rows, w, ldw, tokens_x, ldx, n, sums, ldo, next, pass, passes);
     }
-    for (; row < rows; ++row) dot_tokens<T, 1>(count, w + row * ldw, ldw, tile_x, ldx, n, tile_out + row, ldo, {});
     start += count;
   }
 }
@@ -264,14 +302,16 @@ inline void axpy_columns(T* const* y, bool add, const Run<T>* runs, int64_t num_
 template <typename T>
 inline void axpy(T* const* y, int64_t tokens, bool add, const Run<T>* runs, int64_t num_runs, int64_t ldb,
                  int64_t begin, int64_t end) {
+  constexpr int kMost = kFewRegisters ? 4 : 8;  // tokens of one tile: two sums for each block of each
+  constexpr int kWide = kFewRegisters ? 1 : 2;
   int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) axpy_columns<T, 8, 1>(y + t, add, runs, num_runs, ldb, t, begin, end);
+  for (; t + kMost <= tokens; t += kMost) axpy_columns<T, kMost, 1>(y + t, add, runs, num_runs, ldb, t, begin, end);
   if (t + 4 <= tokens) {
-    axpy_columns<T, 4, 2>(y + t, add, runs, num_runs, ldb, t, begin, end);
+    axpy_columns<T, 4, kWide>(y + t, add, runs, num_runs, ldb, t, begin, end);
     t += 4;
   }
   if (t + 2 <= tokens) {
-    axpy_columns<T, 2, 4>(y + t, add, runs, num_runs, ldb, t, begin, end);
+    axpy_columns<T, 2, 2 * kWide>(y + t, add, runs, num_runs, ldb, t, begin, end);
     t += 2;
   }
   if (t < tokens) axpy_columns<T, 1, 4>(y + t, add, runs, num_runs, ldb, t, begin, end);
