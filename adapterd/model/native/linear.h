@@ -78,7 +78,7 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
       } else if (row + group_rows < end) {
         next = row + 2 * group_rows <= product.d_out ? product.w + (row + group_rows) * d_in : nullptr;
       }
-      dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
+      dot_group<T>(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
                 group_rows, next);
     }
     for (int64_t t = 0; t < tokens; ++t) {

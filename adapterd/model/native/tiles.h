@@ -14,10 +14,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace adapterd {
 
 #if defined(__AVX512BF16__)
@@ -35,6 +31,7 @@ constexpr bool kFewRegisters = true;  // 16
 constexpr bool kFewRegisters = false;  // 32
 #endif
 
+constexpr int64_t kLineBytes = 64;                  // of a cache
 constexpr int kGroupRows = 16;                      // rows of weights that meet all tokens before the next rows are read
 constexpr int kTileTokens = kFewRegisters ? 5 : 6;  // tokens that a tile takes at most
 
@@ -65,9 +62,9 @@ inline void prepare_row(const T* x, int64_t n, Prepared<T>* out) {
 }
 
 // What to fetch from memory while computing on what is already here: `count` rows from `rows` on.
-template <typename T>
+template <typename W>
 struct Prefetch {
-  const T* rows = nullptr;
+  const W* rows = nullptr;
   int count = 0;
 };
 
@@ -109,10 +106,11 @@ __attribute__((always_inline)) inline void add_sums(const Vec (&sums)[NX][NW], f
   }
 }
 
-// out[i * ldo + j] += the product over columns [0, n), i < NX, j < NW.
-template <typename T, int NW, int NX>
-inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
-                     Prefetch<T> next) {
+// out[i * ldo + j] += the product over columns [0, n), i < NX, j < NW. Weights are of x's type T, or others that
+// load_first and load_second split as they split those (W).
+template <typename T, int NW, int NX, typename W>
+inline void dot_tile(const W* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out, int64_t ldo,
+                     Prefetch<W> next) {
   // Every loop over NW or NX must unroll, or the sums live in memory and not in registers.
   Vec sums[NX][NW];
 #pragma GCC unroll 8
@@ -120,9 +118,9 @@ inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx,
 #pragma GCC unroll 8
     for (int j = 0; j < NW; ++j) sums[i][j] = Vec{};
   }
-  const auto add = [&](const T* tile_w, int64_t stride, const Prepared<T>* tile_x) __attribute__((always_inline)) {
+  const auto add = [&](const W* tile_w, int64_t stride, const Prepared<T>* tile_x) __attribute__((always_inline)) {
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bf16>) {
+    if constexpr (std::is_same_v<W, bf16>) {
       __m512bh weights[NW];
 #pragma GCC unroll 8
       for (int j = 0; j < NW; ++j) weights[j] = load_as<__m512bh>(tile_w + j * stride);
@@ -148,21 +146,23 @@ inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx,
           for (int j = 0; j < NW; ++j) sums[i][j] += weights[j] * token;
         }
       };
-      add_half(tile_x, [](const T* p) { return load_first(p); });
+      add_half(tile_x, [](const W* p) { return load_first(p); });
       // The compiler must not keep both halves of the weights: there are not enough registers.
       const Prepared<T>* second_x = tile_x + kLanes;
       asm volatile("" : "+r"(second_x) : : "memory");
-      add_half(second_x, [](const T* p) { return load_second(p); });
+      add_half(second_x, [](const W* p) { return load_second(p); });
     }
   };
   int64_t k = 0;
   for (; k + kBlock <= n; k += kBlock) {
-    for (int r = 0; r < next.count; ++r) __builtin_prefetch(next.rows + r * ldw + k, 0, 2);
+    if (k * sizeof(W) % kLineBytes == 0) {
+      for (int r = 0; r < next.count; ++r) __builtin_prefetch(next.rows + r * ldw + k, 0, 2);
+    }
     add(w + k, ldw, x + k);
   }
   if (k < n) {
-    T rest[NW][kBlock] = {};
-    for (int j = 0; j < NW; ++j) std::memcpy(rest[j], w + j * ldw + k, (n - k) * sizeof(T));
+    W rest[NW][kBlock] = {};
+    for (int j = 0; j < NW; ++j) std::memcpy(rest[j], w + j * ldw + k, (n - k) * sizeof(W));
     add(rest[0], kBlock, x + k);
   }
   add_sums(sums, out, ldo);
@@ -171,7 +171,7 @@ inline void dot_tile(const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx,
 // Ask for `count` rows of n numbers each, `stride` apart, before they are needed.
 template <typename T>
 inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kLine = kLineBytes / sizeof(T);
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(rows + r * stride + i, 0, 2);
   }
@@ -179,20 +179,20 @@ inline void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t 
 
 // out[i * ldo + j] += the product over columns [0, n), i < NX, j < rows: the pass `pass` of `passes` over these rows. Each
 // asks for its share of the rows from `next` on.
-template <typename T, int NX>
-inline void dot_pass(int rows, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out,
-                     int64_t ldo, const T* next, int64_t pass, int64_t passes) {
+template <typename T, int NX, typename W>
+inline void dot_pass(int rows, const W* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t n, float* out,
+                     int64_t ldo, const W* next, int64_t pass, int64_t passes) {
   constexpr int64_t NW = tile_rows(NX);
   const int64_t share = (NW + passes - 1) / passes;
   const int64_t first = std::min<int64_t>(pass * share, NW);
   const int64_t last = std::min<int64_t>(first + share, NW);
   int row = 0;
   for (; row + NW <= rows; row += NW) {
-    Prefetch<T> ahead;
+    Prefetch<W> ahead;
     if (next) ahead = {next + (row + first) * ldw, static_cast<int>(last - first)};
     dot_tile<T, NW, NX>(w + row * ldw, ldw, x, ldx, n, out + row, ldo, ahead);
   }
-  for (; row < rows; ++row) dot_tile<T, 1, NX>(w + row * ldw, ldw, x, ldx, n, out + row, ldo, {});
+  for (; row < rows; ++row) dot_tile<T, 1, NX>(w + row * ldw, ldw, x, ldx, n, out + row, ldo, Prefetch<W>{});
 }
 
 // out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens. `next` is
@@ -203,9 +203,9 @@ inline void dot_pass(int rows, const T* w, int64_t ldw, const Prepared<T>* x, in
 //   w  rows 0..3     tile -> tile       the next tokens meet the same rows in the second cache
 //      rows 4..7     tile -> tile
 //      ...
-template <typename T>
-inline void dot_group(int rows, const T* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t tokens, int64_t n,
-                      float* out, int64_t ldo, const T* next) {
+template <typename T, typename W>
+inline void dot_group(int rows, const W* w, int64_t ldw, const Prepared<T>* x, int64_t ldx, int64_t tokens, int64_t n,
+                      float* out, int64_t ldo, const std::type_identity_t<W>* next) {
   const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
   int64_t start = 0;
   for (int64_t pass = 0; pass < passes; ++pass) {

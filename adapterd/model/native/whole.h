@@ -137,7 +137,7 @@ void dot_whole_written(const int8_t* w, int64_t ldw, int rows, int64_t left, con
     if (j < left) prefetch_rows(w + (rows + j) * ldw, ldw, 1, n);
     unpack(w + j * ldw, n, written.data() + j * kUnpackedStride<T>);
   }
-  dot_group(rows, written.data(), kUnpackedStride<T>, x, ldx, tokens, n, out, ldo, static_cast<const T*>(nullptr));
+  dot_group<T>(rows, written.data(), kUnpackedStride<T>, x, ldx, tokens, n, out, ldo, nullptr);
 }
 
 // out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens; n <= kChunk. `left` rows
@@ -158,6 +158,12 @@ void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const Prepa
         start += count;
       }
       return;
+    }
+  }
+#elif !defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (tokens <= kRegisterTokens) {
+      return dot_group<T>(rows, w, ldw, x, ldx, tokens, n, out, ldo, left >= rows ? w + rows * ldw : nullptr);
     }
   }
 #endif
