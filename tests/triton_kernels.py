@@ -11,15 +11,11 @@ IS_INTERPRETED = DEVICE.type == "cpu"
 
 def teach_interpreter_bfloat16() -> None:
     """The interpreter multiplies the bits of bfloat16 as integers; numpy has no such type. Here in float32."""
-    if not IS_INTERPRETED:
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     plain = builder.create_dot
-    if getattr(plain, "knows_bfloat16", False):
-        return
 
     def create_dot(self, a, b, d, *others):  # type: ignore[no-untyped-def]
         def widen(handle):  # type: ignore[no-untyped-def]
@@ -27,8 +23,28 @@ def teach_interpreter_bfloat16() -> None:
 
         return plain(self, widen(a), widen(b), d, *others)
 
-    create_dot.knows_bfloat16 = True  # type: ignore[attr-defined]
     builder.create_dot = create_dot
 
 
-teach_interpreter_bfloat16()
+def keep_language_interpreted() -> None:
+    """The interpreter puts its own operations into triton.language at every launch and at every call of a device
+    function, which takes most of its time. Once is enough, since in this process nothing but the interpreter runs
+    kernels: once for each module of kernels, since what it replaces depends on what the module imports.
+    """
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang
+    done: set[str] = set()
+
+    def patch_once(function):  # type: ignore[no-untyped-def]
+        if function.__module__ not in done:
+            plain(function)  # the changes it returns are not undone
+            done.add(function.__module__)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
+if IS_INTERPRETED:
+    teach_interpreter_bfloat16()
+    keep_language_interpreted()
