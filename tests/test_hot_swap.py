@@ -17,15 +17,16 @@ SHIPPED = ROOT / "adapters"
 TICKET = "I was charged twice for order 48213 and I am really angry. Please fix it today."
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    adapters = tmp_path / "adapters"
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    adapters = tmp_path_factory.mktemp("hot") / "adapters"
     copy(SHIPPED / "moderation", adapters / "moderation")
     return adapters
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(directory: Path) -> Iterator[httpx.Client]:
+    """One daemon for all: each test has names of its own."""
     with served("--adapters", str(directory)) as url, httpx.Client(base_url=url, timeout=60) as found:
         yield found
 
