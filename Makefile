@@ -22,7 +22,7 @@ serve: $(INSTALLED) $(NATIVE)
 	$(BIN)/adapterd serve --adapters adapters
 
 test: lint $(NATIVE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-deploy: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pytest --deploy --capture=no tests/deploy
