@@ -1,5 +1,7 @@
 """Triton's kernels run on a CUDA device where there is one, else in its interpreter (see tests/conftest.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,6 +47,16 @@ def keep_language_interpreted() -> None:
     interpreter._patch_lang = patch_once
 
 
+def compute_no_check_for_nothing() -> None:
+    """It widens every operation on whole numbers to look for an overflow, and drops what it finds: debug is off."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+
 if IS_INTERPRETED:
     teach_interpreter_bfloat16()
     keep_language_interpreted()
+    compute_no_check_for_nothing()
