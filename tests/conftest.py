@@ -4,19 +4,21 @@
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-IS_BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
-if IS_BESIDE_OTHERS:
-    # torch's threads sleep while they wait: one that looks for work takes a processor from the other processes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+def num_processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if num_processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Processes beside each other share the processors, as does what they start: more threads wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(num_processors() // int(num_processes), 1)))
 
 import torch  # noqa: E402  (reads what is set above)
-
-if IS_BESIDE_OTHERS:
-    # After the import: this process computes with as many threads as it does alone, and what it starts with one.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if not torch.cuda.is_available():
     # Without a CUDA device Triton's kernels run in its interpreter.
@@ -28,6 +30,14 @@ MAX_PROCESSES = 4
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `--numprocesses auto` means: one for each processor that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_PROCESSES)
+    """What `--numprocesses auto` means: one for each processor, but for MAX_PROCESSES."""
+    return min(num_processors(), MAX_PROCESSES)
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """Two at least, for operators that share out their work: a process beside others may have but one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, 2))
+    yield
+    torch.set_num_threads(before)

@@ -109,6 +109,14 @@ def test_mixed_batch_in_chunks_equals_peft(case: Case) -> None:
     assert_exact(offline, case, submit_all(offline, case))
 
 
+@pytest.mark.usefixtures("several_threads")
+@pytest.mark.parametrize("family_case", ["llama"], indirect=True)
+def test_threads_that_share_the_work_change_no_token(family_case: Case) -> None:
+    require_native_kernels()
+    offline = start(replace(family_case, kernels="native"))
+    assert_exact(offline, family_case, submit_all(offline, family_case))
+
+
 def test_preempted_and_recomputed_equals_peft(case: Case) -> None:
     num_blocks = 8  # of the 13 that all six would fill
     offline = start(case, max_num_batched_tokens=64)

@@ -20,6 +20,8 @@ from tests.model.test_attention import (
 )
 from tests.native_kernels import require_native_kernels
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 WIDE = {
     "qwen": Variant(num_heads=16, num_kv_heads=8, key_dim=128, value_dim=128),
     "odd_widths": Variant(num_heads=6, num_kv_heads=2, key_dim=72, value_dim=40, sliding_window=21),

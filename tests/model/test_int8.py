@@ -16,6 +16,8 @@ from tests.model.test_linear_cpu import SHAPES, TOKENS, draw
 from tests.native_kernels import require_native_kernels
 from tests.tiny import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -17,6 +17,8 @@ from adapterd.model.linear_cpu import (
 )
 from tests.native_kernels import require_native_kernels
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 SHAPES = [(1, 1), (4, 32), (16, 64), (17, 33), (3, 5), (130, 257), (50, 1024), (19, 2100)]  # (d_out, d_in)
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 70]
 

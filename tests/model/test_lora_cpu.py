@@ -10,6 +10,8 @@ from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment
 from adapterd.model.lora_cpu import NativeLoraStep
 from tests.native_kernels import require_native_kernels
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 LINEARS = {"q": (64, 48), "odd": (67, 33), "wide": (200, 1100)}  # (d_out, d_in)
 RANKS = (1, 2, 5, 8, 16, 17, 64)
 

@@ -13,6 +13,8 @@ from adapterd.model.pointwise_cpu import native_rms_norm
 from tests.exactness.families import FAMILIES
 from tests.native_kernels import require_native_kernels
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 @pytest.fixture(autouse=True)
 def _native() -> None:
