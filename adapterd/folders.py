@@ -1,6 +1,6 @@
 """Watching the adapter directories: which folders are new, changed or gone, and when one is fit to be read.
 
-Looks and decides when; what to do about a name, and the reading itself, is the registry's.
+Looks and decides when; what to do about a name, and the reading itself, is `folder_names.py`'s.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 VERSION is a number (`@3`), an alias (`@stable`), or at least six digits of a digest (`@3fa94c`).
 
-Grammar only; whether such adapters exist is `registry.py`'s to say.
+Grammar only; whether such adapters exist is `resolving.py`'s to say.
 """
 
 import difflib

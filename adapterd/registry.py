@@ -17,30 +17,24 @@ from types import MappingProxyType
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog, VersionUse
 from adapterd.changes import NameChanges
-from adapterd.composition import ResolvedModel, compose, resolve_base
+from adapterd.composition import ResolvedModel
 from adapterd.core import AdapterEvents, AdapterId, AdapterMix, BaseSpec, LoadedName, RegistryStats
 from adapterd.database import Database
 from adapterd.device_pins import DevicePins
 from adapterd.entries import AdapterEntry
-from adapterd.errors import (
-    AdapterdError,
-    AdapterRefused,
-    BeingRead,
-    Conflict,
-    ModelNotFound,
-    Unavailable,
-)
+from adapterd.errors import AdapterdError, Conflict, ModelNotFound
 from adapterd.first_use import FirstUse
 from adapterd.folder_names import FolderOwner
 from adapterd.folders import FolderWatcher
 from adapterd.loading import Loader, is_remote, is_stale
 from adapterd.lookup import Lookup, version_of
 from adapterd.manifest_owner import ManifestOwner, ManifestStatus
-from adapterd.model_name import Part, parse_model_name, shown
+from adapterd.model_name import shown
 from adapterd.names import NameRecord
 from adapterd.peft_deltas import BaseWeights
 from adapterd.reading import AdapterReader
 from adapterd.readings import Readings
+from adapterd.resolving import ModelResolver
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.token_table import TokenizerIdentity
@@ -87,7 +81,6 @@ class AdapterRegistry:
         memory, without a `cache` nothing is downloaded, without `pins` a pin is one of host memory alone. Raises
         ConfigError if one of `directories` is none, or if `manifest` or a pattern of `resolve` cannot be understood.
         """
-        self._spec = spec
         self._reader = AdapterReader(
             spec,
             [*directories, *named.values()],
@@ -118,7 +111,8 @@ class AdapterRegistry:
         folders = FolderOwner(self._catalog, self._changes, self._reader)
         roots = self._reader.watched[: len(directories)]
         self._watcher = FolderWatcher(roots, folders, self._pool, poll_seconds=poll_seconds, named=named)
-        self._first_use = FirstUse(resolve, self._loader.load_first, self._fetchers)
+        first_use = FirstUse(resolve, self._loader.load_first, self._fetchers)
+        self._resolver = ModelResolver(spec, self._catalog, self._lookup, self._readings, first_use)
         self._manifest = None
         if manifest is not None:
             rooms = (self._catalog, self._changes, self._reader, self._fetchers)
@@ -164,19 +158,11 @@ class AdapterRegistry:
 
         Raises ModelNotFound, Unavailable (loading), BeingRead, AdapterRefused, InvalidRequest.
         """
-        parts = parse_model_name(model, base_name=self._spec.name)
-        if not parts:
-            return resolve_base(self._spec)
-        return compose(self._spec, parts, [self._find(part, model) for part in parts])
+        return self._resolver.resolve(model)
 
     def resolve_waiting(self, model: str, timeout: float) -> ResolvedModel:
-        """The same, waiting for weights that have to be read first."""
-        kept: list[object] = []  # until it is resolved: memory may be too small to keep it for nobody
-        while True:
-            try:
-                return self.resolve(model)
-            except BeingRead as reading:
-                kept.append(reading.done.result(timeout))
+        """The same, waiting for weights that have to be read first, at most `timeout` seconds for each."""
+        return self._resolver.resolve_waiting(model, timeout)
 
     def lease(self, mix: AdapterMix) -> Lease:
         """Hold the versions of a mix that `resolve` gave, for as long as its result is alive or another holds them."""
@@ -357,35 +343,6 @@ class AdapterRegistry:
     def check_integrity(self) -> None:
         """Books balance. Only while nothing is being loaded."""
         self._catalog.check_integrity()
-
-    # Finding
-
-    def _find(self, part: Part, model: str) -> Adapter:
-        record = self._catalog.record(part.name)
-        if record.state == "ABSENT":
-            search = self._first_use.begin(part.name)
-            if search is None:
-                raise self._lookup.not_found(model, near=part.name)
-            raise BeingRead(
-                f"the adapter {part.name!r} is being fetched; try again in a moment",
-                name=part.name,
-                done=search,
-            )
-        version = record.current_version
-        if version is None:
-            if record.error is not None:
-                raise AdapterRefused(record.error, param="model")
-            raise Unavailable(f"the adapter {part.name!r} is still loading; try again in a moment")
-        if part.version is not None:
-            version = version_of(record, part.version)
-        adapter = self._catalog.in_memory(version.id)
-        if adapter is None:
-            raise BeingRead(
-                f"the weights of {part.name!r} are being read; try again in a moment",
-                name=part.name,
-                done=self._readings.begin(version),
-            )
-        return adapter
 
     def _as_seen(self, record: NameRecord) -> AdapterEntry:
         version = record.current_version

@@ -1,7 +1,7 @@
 """What the adapter directories hold right now, by looking: names, paths, and a signature that moves with the files.
 
 Polling, not file events: it works alike on network volumes and through the link swaps of Kubernetes.
-Reads no file's content and keeps no state; `registry.py` decides what to load.
+Reads no file's content and keeps no state; `folders.py` decides what to load.
 """
 
 import os

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("catalog",),
     ("changes", "readings", "lookup", "entries", "device_pins"),
     ("first_use", "folder_names", "loading", "manifest_owner"),
+    ("resolving",),
     ("registry",),
     ("engine.waiting",),
     (
