@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +29,14 @@ import torch
 from adapterd.adapter import Adapter
 from adapterd.core import RequestId
 from bench.floor import shape_of
-from bench.gpu_device import describe, device_seconds, matrix_rates, memory_ways
+from bench.gpu_arguments import engine_parser, report_of
+from bench.gpu_device import device_seconds, matrix_rates, memory_ways
 from bench.gpu_figures import Measure, table
 from bench.gpu_report import Report
 from bench.gpu_trace import noted_replays, trace_steps
-from bench.models import SHAPES, config_of
+from bench.models import config_of
 from bench.offline import OfflineEngine, Sizes, Steps
 from bench.random_models import adapter_of, random_base, random_matrices
-from bench.report import machine
 from bench.workload import requests_by_adapter
 
 DEFAULT_CASES = "1:base,32:base,1:identical,32:distinct,32:uniform,32:zipf:1.5,32:identical"
@@ -254,13 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [Case.parse(text) for text in arguments.cases.split(",")]
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     shape = shape_of(config_of(arguments.shape, arguments.layers))
-    report = Report(
-        arguments.out,
-        bench="gpu_decode",
-        machine=machine(),
-        gpu=describe(device),
-        settings={key: str(value) for key, value in vars(arguments).items() if key != "out"},
-    )
+    report = report_of("gpu_decode", arguments)
     speeds, rates = measure_device(device, dtype, arguments, report)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -288,20 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = engine_parser("gpu_decode", __doc__)
     add = parser.add_argument
-    add("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    add("--layers", type=int, help="fewer than the shape has, to try something out")
-    add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--kernels", choices=("auto", "torch", "triton"), default="triton")
     add("--quantization", choices=("none", "int8"), default="none")
     add("--cases", default=DEFAULT_CASES, help="BATCH:POPULARITY, or BATCH:base, with commas")
-    add("--rank", type=int, default=16)
     add("--prompt-tokens", type=int, default=128)
     add("--output-tokens", type=int, default=64)
     add("--rounds", type=int, default=3)
@@ -310,7 +293,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--megabytes", type=int, default=4096, help="read in one pass to measure the bandwidth")
     add("--profile", action="store_true", help="print kernels and Python's functions by time")
     add("--profile-cases", default="32:distinct,1:base")
-    add("--out", type=Path, help="write the figures here as they come")
     return parser.parse_args(argv)
 
 

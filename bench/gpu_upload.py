@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,11 @@ import torch
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterId, Batch, RequestId, Tier
 from bench.floor import shape_of
-from bench.gpu_device import describe
-from bench.gpu_report import Report
-from bench.models import SHAPES, config_of
+from bench.gpu_arguments import engine_parser, report_of
+from bench.models import config_of
 from bench.offline import OfflineEngine, Sizes
 from bench.random_models import adapter_of, random_base, random_matrices
-from bench.report import machine, percentile
+from bench.report import percentile
 
 PHASES = ("quiet", "resident", "new", "prefetch")
 _NUM_MATRICES = 6
@@ -223,13 +221,7 @@ def figures_of(phases: Sequence[Phase], uploads: UploadTimes) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    report = Report(
-        arguments.out,
-        bench="gpu_upload",
-        machine=machine(),
-        gpu=describe(torch.device(arguments.device)),
-        settings={key: str(value) for key, value in vars(arguments).items() if key != "out"},
-    )
+    report = report_of("gpu_upload", arguments)
     bench: UploadBench | None = None
     with report.part("model"):
         bench = UploadBench(arguments)
@@ -279,25 +271,14 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_upload",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = engine_parser("gpu_upload", __doc__)
     add = parser.add_argument
-    add("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    add("--layers", type=int, help="fewer than the shape has, to try something out")
-    add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    add("--kernels", choices=("auto", "torch", "triton"), default="triton")
-    add("--rank", type=int, default=16)
     add("--others", type=int, default=16, help="sequences that decode all the time, each its own adapter")
     add("--prompt-tokens", type=int, default=128, help="of the others")
     add("--newcomers", type=int, default=40, help="in each phase")
     add("--newcomer-tokens", type=int, default=16, help="of a newcomer's prompt")
     add("--period-ms", type=float, default=50.0, help="from one newcomer to the next")
     add("--rounds", type=int, default=2, help="of all phases")
-    add("--out", type=Path, help="write the figures here as they come")
     return parser.parse_args(argv)
 
 
