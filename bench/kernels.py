@@ -25,6 +25,7 @@ from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
 from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import paged_attention_reference, plan_attention
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kernels import Kernels, choose_kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 from adapterd.model.lora import LoraBank, LoraStep, Segment
@@ -168,6 +169,7 @@ def time_attention(
     for layer in range(_NUM_LAYERS):
         pool.keys[layer].normal_()
         pool.values[layer].normal_()
+    scoring = Scoring(head_dim**-0.5)
     blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
     slots = (blocks[:, None] * KV_BLOCK_SIZE + torch.arange(KV_BLOCK_SIZE)).flatten()
     workloads = [(f"decode, batch {b}, context {c}", [1] * b, [c] * b) for b, c in DECODES]
@@ -183,12 +185,10 @@ def time_attention(
         plan = plan_attention(by_sequence, new_tokens, device)
 
         def ours(layer: int, query: Any = query, key: Any = key, context: Any = context) -> None:
-            context.attend(
-                layer, query, key, key, scale=head_dim**-0.5, sliding_window=None, softcap=None, sinks=None
-            )
+            context.attend(layer, query, key, key, scoring)
 
         def reference(layer: int, query: Any = query, plan: Any = plan) -> None:
-            paged_attention_reference(query, pool.keys[layer], pool.values[layer], plan, scale=head_dim**-0.5)
+            paged_attention_reference(query, pool.keys[layer], pool.values[layer], plan, scoring)
 
         # A chunk's token sees what is before it: on average its context less half of the chunk.
         pairs = sum(n * (c - (n - 1) / 2) for n, c in zip(new_tokens, contexts, strict=True))

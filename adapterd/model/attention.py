@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from adapterd.errors import BaseRefused
+from adapterd.model.attention_one import Scoring, attend_fused, attend_plainly
 from adapterd.model.kv import KVPool, KVShape
 
 ATTENTION_NAME = "adapterd_paged"
@@ -101,17 +101,11 @@ def paged_attention_reference(
     keys: torch.Tensor,
     values: torch.Tensor,
     plan: AttentionPlan,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
-    """out[t] = softmax(softcap(scale * q[t] . K[:p+1])) V[:p+1] over token t's own sequence, p its position.
+    """`attend_plainly` for each token over its own sequence.
 
-    query: [num_tokens, num_heads, key_dim]; keys, values: one layer of the pool. With a sliding window only the
-    last `sliding_window` positions count. softcap: c * tanh(score / c). sinks [num_heads]: a learned score that
-    joins the softmax and whose weight is dropped (gpt-oss). Softmax in float32. Returns [num_tokens, num_heads,
+    query: [num_tokens, num_heads, key_dim]; keys, values: one layer of the pool. Returns [num_tokens, num_heads,
     value_dim] in query's dtype.
     """
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
@@ -119,13 +113,11 @@ def paged_attention_reference(
         for row, slots, length in zip(
             group.rows.tolist(), group.slots, group.context_lens.tolist(), strict=True
         ):
-            out[row : row + 1] = _attend_one(
-                query[row : row + 1], keys, values, slots[:length], scale, sliding_window, softcap, sinks
-            )
+            slots = slots[:length]
+            out[row : row + 1] = attend_plainly(query[row : row + 1], keys[slots], values[slots], scoring)
     for chunk in plan.chunks:
-        out[chunk.start : chunk.end] = _attend_one(
-            query[chunk.start : chunk.end], keys, values, chunk.slots, scale, sliding_window, softcap, sinks
-        )
+        rows = slice(chunk.start, chunk.end)
+        out[rows] = attend_plainly(query[rows], keys[chunk.slots], values[chunk.slots], scoring)
     return out
 
 
@@ -134,86 +126,17 @@ def paged_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     plan: AttentionPlan,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """The same as `paged_attention_reference`, in few calls."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     for group in plan.groups:
-        out[group.rows] = _attend_group(query, keys, values, group, scale, sliding_window, softcap, sinks)
+        out[group.rows] = _attend_group(query, keys, values, group, scoring)
+    attend = attend_fused if scoring.is_fusable else attend_plainly
     for chunk in plan.chunks:
-        rows = query[chunk.start : chunk.end]
-        if softcap is None and sinks is None:
-            out[chunk.start : chunk.end] = _attend_fused(
-                rows, keys, values, chunk.slots, scale, sliding_window
-            )
-        else:
-            out[chunk.start : chunk.end] = _attend_one(
-                rows, keys, values, chunk.slots, scale, sliding_window, softcap, sinks
-            )
+        rows = slice(chunk.start, chunk.end)
+        out[rows] = attend(query[rows], keys[chunk.slots], values[chunk.slots], scoring)
     return out
-
-
-def _visible(num_rows: int, context: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [num_rows, context]: which positions each of the last `num_rows` tokens may look at."""
-    row_position = torch.arange(context - num_rows, context, device=device)[:, None]
-    position = torch.arange(context, device=device)[None, :]
-    visible = position <= row_position
-    if sliding_window is not None:
-        visible &= position > row_position - sliding_window
-    return visible
-
-
-def _attend_one(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    num_rows, num_heads, _ = query.shape
-    groups = num_heads // keys.shape[1]
-    key = keys[slots].repeat_interleave(groups, dim=1)
-    value = values[slots].repeat_interleave(groups, dim=1)
-    scores = torch.einsum("thd,shd->hts", query, key).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    visible = _visible(num_rows, len(slots), sliding_window, query.device)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        sink = sinks.float()[:, None, None].expand(num_heads, num_rows, 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., : len(slots)].to(query.dtype)
-    return torch.einsum("hts,shd->thd", weights, value)
-
-
-def _attend_fused(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    num_rows, context = query.shape[0], len(slots)
-    whole = num_rows == context and (sliding_window is None or sliding_window >= context)
-    mask = None if whole else _visible(num_rows, context, sliding_window, query.device)
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        keys[slots].transpose(0, 1)[None],
-        values[slots].transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=whole,
-        scale=scale,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )
-    return out[0].transpose(0, 1)
 
 
 def _attend_group(
@@ -221,10 +144,7 @@ def _attend_group(
     keys: torch.Tensor,
     values: torch.Tensor,
     group: DecodeGroup,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     num_rows, context = group.slots.shape
     num_kv_heads = keys.shape[1]
@@ -232,16 +152,14 @@ def _attend_group(
     grouped = query[group.rows].view(num_rows, num_kv_heads, -1, query.shape[-1])
     key = keys[group.slots].permute(0, 2, 3, 1)
     value = values[group.slots].permute(0, 2, 1, 3)
-    scores = torch.matmul(grouped, key).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = scoring.scores(torch.matmul(grouped, key))
     position = torch.arange(context, device=query.device)[None, :]
     hidden = position >= group.context_lens[:, None]
-    if sliding_window is not None:
-        hidden |= position < group.context_lens[:, None] - sliding_window
+    if scoring.sliding_window is not None:
+        hidden |= position < group.context_lens[:, None] - scoring.sliding_window
     scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
-    if sinks is not None:
-        sink = sinks.float().view(1, num_kv_heads, -1, 1).expand(num_rows, -1, -1, 1)
+    if scoring.sinks is not None:
+        sink = scoring.sinks.float().view(1, num_kv_heads, -1, 1).expand(num_rows, -1, -1, 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(-1)[..., :context].to(query.dtype)
     return torch.matmul(weights, value).reshape(num_rows, query.shape[1], -1)
@@ -256,11 +174,7 @@ class AttentionContext(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         """query, key, value: [num_tokens, num_heads, dim] -> [num_tokens, num_heads, value_dim]."""
         ...
@@ -279,23 +193,10 @@ class PagedContext:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         self.pool.write(layer, self.plan.slot_mapping, key, value)
-        return paged_attention(
-            query,
-            self.pool.keys[layer],
-            self.pool.values[layer],
-            self.plan,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        return paged_attention(query, self.pool.keys[layer], self.pool.values[layer], self.plan, scoring)
 
 
 ContextFactory = Callable[[KVPool, Seq[torch.Tensor], Seq[int]], AttentionContext]
@@ -321,11 +222,7 @@ class ShapeRecorder:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         if layer in self.shapes:
             raise BaseRefused(f"the base calls attention twice in layer {layer}; it cannot be served")
@@ -376,10 +273,7 @@ def paged_attention_forward(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux),
     )
     return out[None], None
 

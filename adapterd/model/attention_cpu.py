@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import torch
 
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KVPool
 
 
@@ -37,28 +38,22 @@ def plan_slots(slots_by_sequence: Seq[torch.Tensor], num_new_tokens: Seq[int]) -
     )
 
 
+def native_scoring(scoring: Scoring) -> tuple[float, int, float, torch.Tensor | None]:
+    """As the native operators take it: 0 for no window and for no softcap; sinks in float32, contiguous."""
+    sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
+    return scoring.scale, scoring.sliding_window or 0, scoring.softcap or 0.0, sinks
+
+
 def native_paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     plan: SlotPlan,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """As attention.paged_attention_reference, with float32 sums and weights throughout."""
     out: torch.Tensor = torch.ops.adapterd.paged_attention(
-        query,
-        keys,
-        values,
-        plan.slots,
-        plan.sequences,
-        scale,
-        sliding_window or 0,
-        softcap or 0.0,
-        None if sinks is None else sinks.float().contiguous(),
+        query, keys, values, plan.slots, plan.sequences, *native_scoring(scoring)
     )
     return out
 
@@ -76,24 +71,11 @@ class NativeContext:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         torch.ops.adapterd.write_kv(keys, values, self.plan.slot_mapping, key, value)
-        return native_paged_attention(
-            query,
-            keys,
-            values,
-            self.plan,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        return native_paged_attention(query, keys, values, self.plan, scoring)
 
 
 def native_context(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.launch_triton import launch_options, num_processors, zero_counts
 from adapterd.model.transfer import to_device
@@ -276,15 +277,12 @@ def triton_paged_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     plan: BlockPlan,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """As attention.paged_attention_reference; rows that are no token come back undefined."""
     num_tokens, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = keys.shape[1], values.shape[2]
+    window, softcap, sinks = scoring.sliding_window, scoring.softcap, scoring.sinks
     query = query if query.stride(-1) == 1 else query.contiguous()
     out = query.new_empty(num_tokens, num_heads, value_dim)
     group = num_heads // num_kv_heads
@@ -307,8 +305,8 @@ def triton_paged_attention(
             query, keys, values, out, sums, peaks, zero_counts(query.device),
             query if sinks is None else sinks, tiles, plan.block_tables,
             query.stride(0), query.stride(1),
-            scale, sliding_window or 0, softcap or 1.0, num_kv_heads,
-            GROUP=group, KEY_DIM=key_dim, VALUE_DIM=value_dim, HAS_WINDOW=sliding_window is not None,
+            scoring.scale, window or 0, softcap or 1.0, num_kv_heads,
+            GROUP=group, KEY_DIM=key_dim, VALUE_DIM=value_dim, HAS_WINDOW=window is not None,
             HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None, NUM_SPLITS=num_splits,
             KV_BLOCK=KV_BLOCK_SIZE, PROGRAMS_PER_TILE=programs_per_tile,
             BLOCK_TOKENS=block_tokens, BLOCK_GROUP=padded_group, BLOCK_CONTEXT=block_context,
@@ -361,22 +359,11 @@ class TritonContext:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         write_kv(self.pool, layer, self.plan.slot_mapping, key, value)
         return triton_paged_attention(
-            query,
-            self.pool.keys[layer],
-            self.pool.values[layer],
-            self.plan,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
+            query, self.pool.keys[layer], self.pool.values[layer], self.plan, scoring
         )
 
 

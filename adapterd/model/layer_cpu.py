@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from adapterd.model.attention_cpu import NativeContext, native_context
+from adapterd.model.attention_cpu import NativeContext, native_context, native_scoring
 from adapterd.model.grouped_cpu import GroupedLinear, group_linears
 from adapterd.model.kv import KVShape
 from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
@@ -32,9 +32,8 @@ class NativeLayer(FusedLayer):
         self._biases = [linear.bias for linear in linears]
         self._norms = [norm.weight for norm in parts.norms]
         self._norm_numbers = [number for norm in parts.norms for number in (norm.eps, norm.offset)]
-        self._attention = parts.attention
-        sinks = parts.attention.sinks
-        self._sinks = None if sinks is None else sinks.float().contiguous()
+        self._layer = parts.attention.layer
+        self._scoring = native_scoring(parts.attention.scoring)
         self._additions = step.additions
         self._place = place
         self._compute: Callable[..., torch.Tensor] = torch.ops.adapterd.decoder_layer.default
@@ -52,7 +51,7 @@ class NativeLayer(FusedLayer):
         bounds: list[int] = []
         if self._step.segments:
             table, bounds = self._additions(self._place)
-        attention, plan = self._attention, paged.plan
+        plan = paged.plan
         return self._compute(
             hidden_states,
             *position_embeddings,
@@ -63,15 +62,12 @@ class NativeLayer(FusedLayer):
             self._norm_numbers,
             table,
             bounds,
-            paged.pool.keys[attention.layer],
-            paged.pool.values[attention.layer],
+            paged.pool.keys[self._layer],
+            paged.pool.values[self._layer],
             plan.slot_mapping,
             plan.slots,
             plan.sequences,
-            attention.scale,
-            attention.sliding_window or 0,
-            attention.softcap or 0.0,
-            self._sinks,
+            *self._scoring,
         )
 
 

@@ -170,10 +170,7 @@ class TritonLayer(FusedLayer):
             paged.pool.keys[attention.layer],
             paged.pool.values[attention.layer],
             plan,
-            scale=attention.scale,
-            sliding_window=attention.sliding_window,
-            softcap=attention.softcap,
-            sinks=attention.sinks,
+            attention.scoring,
         )
         self._o.add_to(hidden, attended.view(len(hidden), -1))
 

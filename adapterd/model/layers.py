@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from adapterd.model.attention import AttentionContext, ContextFactory
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.mlps import FusedMLP
@@ -46,10 +47,7 @@ class AttentionCall:
     """What a layer handed to attention beside queries, keys and values."""
 
     layer: int
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
+    scoring: Scoring
 
 
 @dataclass(frozen=True)
@@ -114,23 +112,10 @@ class _Recorder:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
-        self.calls.append(AttentionCall(layer, scale, sliding_window, softcap, sinks))
-        return self._context.attend(
-            layer,
-            query,
-            key,
-            value,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        self.calls.append(AttentionCall(layer, scoring))
+        return self._context.attend(layer, query, key, value, scoring)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME, register_attention
+from adapterd.model.attention_one import Scoring, attend_fused, attend_plainly
 from adapterd.model.probe import build_model, shrink_config, spread_weights
 
 logger = logging.getLogger(__name__)
@@ -35,80 +36,21 @@ class PackedRows:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        scoring: Scoring,
     ) -> torch.Tensor:
         """Causal attention within each row, differentiable.
 
-        query, key, value: [num_tokens, num_heads, dim]. Scores, window, softcap and sinks as
-        `model/attention.py` has them. Returns [num_tokens, num_heads, value_dim].
+        query, key, value: [num_tokens, num_heads, dim]. Returns [num_tokens, num_heads, value_dim].
         """
-        attend = _fused if softcap is None and sinks is None else _plain
+        attend = attend_fused if scoring.is_fusable else attend_plainly
         # One split and one cat: a slice for each row would fill a gradient of all tokens each time.
         rows = zip(*(_split(tensor, self.lengths) for tensor in (query, key, value)), strict=True)
-        return torch.cat([attend(q, k, v, scale, sliding_window, softcap, sinks) for q, k, v in rows])
+        return torch.cat([attend(q, k, v, scoring) for q, k, v in rows])
 
 
 def _split(tensor: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     parts: tuple[torch.Tensor, ...] = tensor.split(lengths)  # type: ignore[no-untyped-call]
     return parts
-
-
-def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    length = query.shape[0]
-    whole = sliding_window is None or sliding_window >= length
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=None if whole else _visible(length, sliding_window, query.device),
-        is_causal=whole,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[0].transpose(0, 1)
-
-
-def _plain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    length, num_heads, _ = query.shape
-    groups = num_heads // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.einsum("thd,shd->hts", query, key).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(length, sliding_window, query.device), float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[:, None, None].expand(num_heads, length, 1)], dim=-1)
-    weights = scores.softmax(-1)[..., :length].to(value.dtype)
-    return torch.einsum("hts,shd->thd", weights, value)
-
-
-def _visible(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [length, length]: which positions each token of a row may look at."""
-    position = torch.arange(length, device=device)
-    visible = position[None, :] <= position[:, None]
-    if sliding_window is not None:
-        visible &= position[None, :] > position[:, None] - sliding_window
-    return visible
 
 
 def packing_problem(config: Any) -> str | None:

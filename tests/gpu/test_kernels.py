@@ -4,12 +4,13 @@ Tests with small numbers are tests/model/test_*_triton.py, which run here on the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from adapterd.model.attention import paged_attention_reference, plan_attention
+from adapterd.model.attention_one import Scoring
 from adapterd.model.int8 import int8_linear, quantize_rows
 from adapterd.model.kernels import Kernels, choose_kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
@@ -155,16 +156,8 @@ def test_attention_over_scattered_pages_is_within_two_roundings(
     key, value = (torch.randn(count, num_kv_heads, dim, device=DEVICE, dtype=BF16) for _ in range(2))
     sinks = torch.randn(num_heads, device=DEVICE, dtype=BF16) if asked.has_sinks else None
     context = kernels.paged_context(pool, slots, new_tokens)
-    found = context.attend(
-        0,
-        query,
-        key,
-        value,
-        scale=dim**-0.5,
-        sliding_window=asked.sliding_window,
-        softcap=asked.softcap,
-        sinks=sinks,
-    )
+    scoring = Scoring(dim**-0.5, asked.sliding_window, asked.softcap, sinks)
+    found = context.attend(0, query, key, value, scoring)
     plan = plan_attention(slots, new_tokens, DEVICE)
     assert torch.equal(pool.keys[0][plan.slot_mapping], key)
     assert torch.equal(pool.values[0][plan.slot_mapping], value)
@@ -173,10 +166,7 @@ def test_attention_over_scattered_pages_is_within_two_roundings(
         pool.keys[0].float(),
         pool.values[0].float(),
         plan,
-        scale=dim**-0.5,
-        sliding_window=asked.sliding_window,
-        softcap=asked.softcap,
-        sinks=None if sinks is None else sinks.float(),
+        replace(scoring, sinks=None if sinks is None else sinks.float()),
     )
     # Weights and the result are rounded, each by 2**-9 at most.
     assert relative(found, expected) < 2**-7

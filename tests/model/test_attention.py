@@ -18,6 +18,7 @@ from adapterd.model.attention import (
     paged_attention_reference,
     plan_attention,
 )
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 
 CPU = torch.device("cpu")
@@ -115,16 +116,13 @@ def plain_attention(case: Case, variant: Variant) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def scoring_of(case: Case, variant: Variant) -> Scoring:
+    return Scoring(SCALE, variant.sliding_window, variant.softcap, case.sinks)
+
+
 def attend(function: object, case: Case, variant: Variant) -> torch.Tensor:
     found: torch.Tensor = function(  # type: ignore[operator]
-        case.query,
-        case.keys,
-        case.values,
-        case.plan,
-        scale=SCALE,
-        sliding_window=variant.sliding_window,
-        softcap=variant.softcap,
-        sinks=case.sinks,
+        case.query, case.keys, case.values, case.plan, scoring_of(case, variant)
     )
     return found
 

@@ -7,6 +7,7 @@ import torch
 
 from adapterd.model.attention import paged_attention_reference
 from adapterd.model.attention_cpu import native_context, native_paged_attention, plan_slots
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KVPool, KVShape
 from tests.model.test_attention import (
     MIXES,
@@ -17,6 +18,7 @@ from tests.model.test_attention import (
     attend,
     make_case,
     plain_attention,
+    scoring_of,
 )
 from tests.native_kernels import require_native_kernels
 
@@ -41,10 +43,7 @@ def attend_natively(case: Case, variant: Variant) -> torch.Tensor:
         case.keys,
         case.values,
         plan_slots(case.slots, case.num_new),
-        scale=SCALE,
-        sliding_window=variant.sliding_window,
-        softcap=variant.softcap,
-        sinks=case.sinks,
+        scoring_of(case, variant),
     )
 
 
@@ -88,7 +87,7 @@ def test_a_step_writes_its_tokens_then_attends() -> None:
     query, key, value = (torch.randn(3, heads, 16, generator=generator) for heads in (4, 2, 2))
     slots = [torch.arange(16, 18), torch.tensor([5])]
     context = native_context(pool, slots, [2, 1])
-    found = context.attend(0, query, key, value, scale=SCALE, sliding_window=None, softcap=None, sinks=None)
+    found = context.attend(0, query, key, value, Scoring(SCALE))
     assert torch.equal(pool.keys[0][[16, 17, 5]], key)
     # A token alone in its context attends to itself.
     torch.testing.assert_close(found[0], value[0].repeat_interleave(2, dim=0))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adapterd.model.attention import paged_attention_reference
+from adapterd.model.attention_one import Scoring
 from adapterd.model.kv import KVPool, KVShape
 from tests.model.test_attention import (
     MIXES,
@@ -17,6 +18,7 @@ from tests.model.test_attention import (
     attend,
     make_case,
     plain_attention,
+    scoring_of,
 )
 from tests.triton_kernels import DEVICE, IS_INTERPRETED
 
@@ -39,16 +41,13 @@ MIXED = [(9, 1), (30, 18), (1, 1), (40, 3)]
 
 
 def attend_by_blocks(case: Case, variant: Variant, plan: BlockPlan | None = None) -> torch.Tensor:
-    sinks = None if case.sinks is None else case.sinks.to(DEVICE)
+    case = replace(case, sinks=None if case.sinks is None else case.sinks.to(DEVICE))
     return triton_paged_attention(
         case.query.to(DEVICE),
         case.keys.to(DEVICE),
         case.values.to(DEVICE),
         plan or plan_blocks(case.slots, case.num_new, DEVICE),
-        scale=SCALE,
-        sliding_window=variant.sliding_window,
-        softcap=variant.softcap,
-        sinks=sinks,
+        scoring_of(case, variant),
     ).cpu()
 
 
@@ -124,7 +123,7 @@ def test_a_step_writes_its_tokens_then_attends() -> None:
     value = torch.randn(3, 100, generator=generator)[:, 20:92].view(3, 3, 24).to(DEVICE)
     slots = [torch.arange(16, 18), torch.arange(0, 1)]
     context = triton_context(pool, slots, [2, 1])
-    found = context.attend(0, query, key, value, scale=SCALE, sliding_window=None, softcap=None, sinks=None)
+    found = context.attend(0, query, key, value, Scoring(SCALE))
     assert torch.equal(pool.keys[0][[16, 17, 0]], key)
     assert torch.equal(pool.values[0][[16, 17, 0]], value)
     assert not pool.keys[0][1:16].any()
@@ -138,7 +137,7 @@ def test_a_row_without_a_slot_is_not_written() -> None:
     context = triton_context(pool, [torch.arange(0, 2)], [2])
     context.plan.slot_mapping[0] = -1
     ones = torch.ones(2, 2, 16, device=DEVICE)
-    context.attend(0, ones, ones, ones, scale=SCALE, sliding_window=None, softcap=None, sinks=None)
+    context.attend(0, ones, ones, ones, Scoring(SCALE))
     assert pool.keys[0].sum(dim=(1, 2)).tolist() == [0.0, 32.0, *[0.0] * 14]
 
 

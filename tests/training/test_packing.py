@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapterd.model.attention import ATTENTION_NAME
+from adapterd.model.attention_one import Scoring
 from adapterd.training.batches import collate, pack, summed_loss
 from adapterd.training.data import Example
 from adapterd.training.packing import PackedRows, packing_problem
@@ -82,14 +83,10 @@ def test_fused_and_plain_attention_agree_in_values_and_gradients(
     outs = []
     for softcap in (None, 1e5):
         if sinks is not None and softcap is None:
-            low = torch.full((4,), -1e9)
-            out = PackedRows((4, 6, 1)).attend(
-                0, *tensors, scale=0.5, sliding_window=window, softcap=None, sinks=low
-            )
+            scoring = Scoring(0.5, window, sinks=torch.full((4,), -1e9))
         else:
-            out = PackedRows((4, 6, 1)).attend(
-                0, *tensors, scale=0.5, sliding_window=window, softcap=softcap, sinks=None
-            )
+            scoring = Scoring(0.5, window, softcap)
+        out = PackedRows((4, 6, 1)).attend(0, *tensors, scoring)
         outs.append((out, torch.autograd.grad(out.square().sum(), tensors)))
     assert torch.allclose(outs[0][0], outs[1][0], atol=1e-5)
     for one, two in zip(outs[0][1], outs[1][1], strict=True):
