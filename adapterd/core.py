@@ -39,6 +39,11 @@ AdapterMix = tuple[tuple[AdapterId, float], ...]
 BASE_MIX: AdapterMix = ()
 
 
+def alone(adapter_id: AdapterId) -> AdapterMix:
+    """The mix of one adapter at its own scale."""
+    return ((adapter_id, 1.0),)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen and when to stop. Checked where it is made; see `server/protocol.py`.

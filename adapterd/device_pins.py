@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from adapterd.core import AdapterId, AdapterMix
+from adapterd.core import AdapterId, AdapterMix, alone
 from adapterd.errors import AdapterdError
 
 _logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class DevicePins:
     def _with_weights(self, adapter_id: AdapterId, call: Callable[[AdapterId], None]) -> None:
         """Make a call of the engine's with a version's weights held on the host."""
         kept = self._read(adapter_id)  # memory may be too small to keep it for nobody
-        lease = self._lease(((adapter_id, 1.0),))
+        lease = self._lease(alone(adapter_id))
         del kept
         try:
             call(adapter_id)

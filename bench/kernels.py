@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterDigest, AdapterId
+from adapterd.core import AdapterDigest, AdapterId, alone
 from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import paged_attention_reference, plan_attention
 from adapterd.model.attention_one import Scoring
@@ -91,7 +91,7 @@ def time_lora(
         for num_tokens, num_adapters in SEGMENTS:
             share = num_tokens // num_adapters
             segments = tuple(
-                Segment(i * share, (i + 1) * share, bank.products(((adapter.id, 1.0),)))
+                Segment(i * share, (i + 1) * share, bank.products(alone(adapter.id)))
                 for i, adapter in enumerate(adapters[:num_adapters])
             )
             x = {d_in: torch.randn(num_tokens, d_in).to(device, dtype) for _, d_in in linears.values()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterEvents, AdapterId, Request, RequestId, SamplingParams
+from adapterd.core import BASE_MIX, AdapterEvents, AdapterId, Request, RequestId, SamplingParams, alone
 from adapterd.engine.build import build_engine
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.model.base import Base
@@ -70,7 +70,7 @@ class OfflineEngine:
             id=RequestId(f"request-{self.num_requests}"),
             prompt_token_ids=tuple(token_prompt(prompt_tokens, range(first, end), seed)),
             params=SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True),
-            mix=((adapter.id, 1.0),) if adapter else (),
+            mix=alone(adapter.id) if adapter else BASE_MIX,
             eos_token_ids=frozenset(),
             arrival_seconds=0.0,
         )

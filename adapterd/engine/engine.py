@@ -28,6 +28,7 @@ from adapterd.core import (
     Request,
     RequestId,
     Sequence,
+    alone,
 )
 from adapterd.engine.blocks import BlockPool
 from adapterd.engine.checks import RequestChecks
@@ -74,9 +75,7 @@ class Engine:
         self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
-        self._wished: list[
-            AdapterMix
-        ] = []  # pins and prefetches whose weights are held until they are uploaded
+        self._wished: list[AdapterMix] = []  # their weights are held until they are uploaded
         self._in_flight: deque[tuple[Batch, LaunchedStep]] = deque()
         self._to_deliver: list[Output] = []
         self._upload_began: dict[AdapterId, float] = {}
@@ -140,7 +139,7 @@ class Engine:
         Returns at once; the stats tell when it is there. Pinning twice is harmless. Raises AdapterRefused (larger
         than all adapter memory) or Overloaded (too little is left beside what is pinned).
         """
-        mix = ((adapter_id, 1.0),)
+        mix = alone(adapter_id)
         pages = self._checks.pages_of(mix)
         with self._changed:
             self._checks.check_beside_pinned(pages, self._pinned_pages)
@@ -158,7 +157,7 @@ class Engine:
 
         Raises AdapterRefused or Overloaded as `pin` does.
         """
-        mix = ((adapter_id, 1.0),)
+        mix = alone(adapter_id)
         pages = self._checks.pages_of(mix)
         with self._changed:
             self._checks.check_beside_pinned(pages, self._pinned_pages)

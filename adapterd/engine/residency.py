@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from adapterd.core import AdapterId, AdapterMix
+from adapterd.core import AdapterId, AdapterMix, alone
 from adapterd.core import Sequence as RunningSequence
 from adapterd.engine.slots import AdapterSlots
 from adapterd.engine.waiting import Line
@@ -65,7 +65,7 @@ class Residency:
     def pin(self, adapter_id: AdapterId) -> None:
         """Bring an adapter before all others and keep it. It must fit beside what is pinned."""
         self._slots.pin(adapter_id)
-        if not self._slots.is_booked(_alone(adapter_id)) and adapter_id not in self._pins_to_load:
+        if not self._slots.is_booked(alone(adapter_id)) and adapter_id not in self._pins_to_load:
             self._pins_to_load.append(adapter_id)
 
     def unpin(self, adapter_id: AdapterId) -> None:
@@ -93,11 +93,9 @@ class Residency:
         needed_by = _Needed(lines)
         hopeless: list[Line] = []
         wishes, self._wishes = self._wishes, []
-        self._pins_to_load = [
-            i for i in self._pins_to_load if not self._try_to_load(_alone(i), -1, needed_by)
-        ]
+        self._pins_to_load = [i for i in self._pins_to_load if not self._try_to_load(alone(i), -1, needed_by)]
         if self._pins_to_load:
-            return Plan(self._close(_alone(self._pins_to_load[0]), -1, needed_by, running), hopeless)
+            return Plan(self._close(alone(self._pins_to_load[0]), -1, needed_by, running), hopeless)
         for position, line in enumerate(lines):
             if self._try_to_load(line.mix, position, needed_by):
                 continue
@@ -107,7 +105,7 @@ class Residency:
                 return Plan(self._close(line.mix, position, needed_by, running), hopeless)
         self._closing, self._closing_for = {}, None
         for adapter_id in wishes:
-            self._try_to_load(_alone(adapter_id), len(lines), needed_by)
+            self._try_to_load(alone(adapter_id), len(lines), needed_by)
         return Plan([], hopeless)
 
     def _try_to_load(self, mix: AdapterMix, position: int, needed_by: "_Needed") -> bool:
@@ -177,10 +175,6 @@ class _Needed:
                     positions.setdefault(needed, position)
             self._positions = positions
         return self._positions.get(adapter_id, inf)
-
-
-def _alone(adapter_id: AdapterId) -> AdapterMix:
-    return ((adapter_id, 1.0),)
 
 
 def _enough(
