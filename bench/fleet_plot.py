@@ -17,9 +17,6 @@ from typing import Any
 _MEASURED, _SIMULATED = "#1b4f8f", "#7fb7be"
 _WIDTH, _BAR, _LEFT = 1020, 16, 190
 
-Bar = tuple[str, str, float]
-"""What it is called, its colour, its length."""
-
 FIGURES: tuple[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str]], ...] = (
     ("requests that found their adapter", lambda f: f["hit_rate"], lambda v: f"{v:.0%}"),
     ("first token, p50", lambda f: f["ttft_seconds"]["p50"], lambda v: _seconds(v)),

@@ -25,13 +25,12 @@ from typing import Any
 from bench.fleet_picker import KSERVE, NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
 from bench.report import emit, machine, percentile
 
-NUM_ALIASES = 1
-"""adapterd lists each adapter twice, bare and with its base; the capacity is doubled too, so one name is the same."""
-
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one pod. `device_adapters` and `host_adapters` are how many fit."""
+    """Of one pod. `device_adapters` and `host_adapters` are how many fit. Each has one name here: adapterd lists two,
+    bare and with the base, but its capacity counts both, so that comes to the same.
+    """
 
     step_seconds: float
     step_seconds_per_sequence: float

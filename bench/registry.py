@@ -32,7 +32,7 @@ from adapterd.adapter_writer import write_adapter
 from adapterd.config import ServeSettings
 from adapterd.core import Output, Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
-from adapterd.model.base import find_base
+from adapterd.model.find import find_base
 from bench.report import emit, machine
 
 NUM_FEW = 5

@@ -35,7 +35,6 @@ class Measured:
 
     tokens_per_second: float
     first_token_seconds: float
-    inter_token_seconds: float
     peak_bytes: float | None
     startup_seconds: float | None
     num_visits: int
@@ -101,7 +100,6 @@ def _measured(medians: Sequence[dict[str, Any]]) -> Measured:
     return Measured(
         tokens_per_second=rate,
         first_token_seconds=percentile_50("ttft_seconds"),
-        inter_token_seconds=percentile_50("itl_seconds"),
         peak_bytes=middle("peak_rss_bytes"),
         startup_seconds=middle("startup_seconds"),
         num_visits=len(rates),
