@@ -20,8 +20,9 @@ from adapterd.host_memory import free_host_bytes
 from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
 from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
+from adapterd.model.device_memory import DEFAULT_LORA_RANK
 from adapterd.model.find import find_base
-from adapterd.model.runner import DEFAULT_LORA_RANK, Runner
+from adapterd.model.runner import Runner
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
 from adapterd.residency import Spelling
@@ -106,8 +107,7 @@ class Daemon:
         """Load the base and open the registry, kept in the directory `state` if one is given.
 
         `modules` are adapters beside those of the settings' directories; without `sources` they come from nowhere
-        else. `spellings` are those under which
-        routers hear of resident adapters. Raises BaseRefused or ConfigError.
+        else. `spellings` are those under which routers hear of resident adapters. Raises BaseRefused or ConfigError.
         """
         allow, cache = open_sources(sources)
         fingerprint = base_fingerprint(find_base(settings.base))

@@ -14,8 +14,9 @@ from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.engine.seams import EngineMemory
 from adapterd.errors import AdapterRefused
 from adapterd.model.base import Base
+from adapterd.model.device_memory import size_adapter_memory, size_kv_pool
 from adapterd.model.kv import KV_BLOCK_SIZE
-from adapterd.model.runner import Runner, size_adapter_memory, size_kv_pool
+from adapterd.model.runner import Runner
 
 logger = logging.getLogger(__name__)
 

@@ -46,6 +46,10 @@ class Call:
         )
         return part
 
+    def flat_input(self) -> torch.Tensor:
+        """The segment's part of the first input as rows: [num_rows, d_in]."""
+        return self.input().reshape(-1, self.inputs[0].shape[-1])
+
     def flat_output(self) -> torch.Tensor:
         """The segment's part of the output as rows, a view: [num_rows, d_out]."""
         flat: torch.Tensor = self.output.view(-1, self.output.shape[-1])
@@ -71,7 +75,7 @@ class _Linear:
     scale: float
 
     def apply(self, call: Call) -> None:
-        x = call.input().reshape(-1, call.inputs[0].shape[-1])
+        x = call.flat_input()
         call.flat_output().add_(self.b.multiply(x @ self.a.whole().T), alpha=self.scale)
 
     def scaled(self, factor: float) -> "_Linear":
@@ -121,7 +125,7 @@ class _Rows:
             hit, place = (ids[:, None] == self.token_ids).nonzero(as_tuple=True)
             y[hit] = _embedded(call.module, self.rows.whole()[place])
         else:
-            x = call.input().reshape(-1, call.inputs[0].shape[-1])
+            x = call.flat_input()
             y[:, self.token_ids] = x @ self.rows.whole().T
 
 
@@ -137,7 +141,7 @@ class _Replaced:
         if isinstance(module, nn.Embedding) and module.max_norm is None:
             call.flat_output().copy_(_embedded(module, self.tensors["weight"].take(call.input().reshape(-1))))
         elif isinstance(module, nn.Linear) and "weight" in self.tensors:
-            x = call.input().reshape(-1, call.inputs[0].shape[-1])
+            x = call.flat_input()
             y = self.tensors["weight"].multiply(x)
             bias = self.tensors["bias"].whole().view(-1) if "bias" in self.tensors else module.bias
             call.flat_output().copy_(y if bias is None else y + bias)

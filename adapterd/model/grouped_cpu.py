@@ -113,8 +113,7 @@ def group_linears(model: nn.Module, step: NativeLoraStep, run: Callable[[], obje
         inners = {path: wrapped[path].inner for path in paths}
         group = LinearGroup({path: m for path, m in inners.items() if isinstance(m, AnyCpuLinear)}, step)
         for member, path in enumerate(paths):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, GroupedLinear(wrapped[path], group, member))
+            model.set_submodule(path, GroupedLinear(wrapped[path], group, member))
     return sum(len(paths) > 1 for paths in groups)
 
 

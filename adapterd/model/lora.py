@@ -6,7 +6,7 @@ since x A'B' is a sum over rank rows, a pair may lie in several extents of conse
 is usable by any adapter and the buffer never fragments. Which adapter is resident is booked by engine/slots.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId, AdapterMix
 from adapterd.model.edits import DeviceEdit, Edits, num_edit_pages, scaled, upload_edits
-from adapterd.model.pages import PageWriter, consecutive_runs
+from adapterd.model.pages import PageGeometry, PageWriter, consecutive_runs
 
-_ALIGN_ELEMENTS = 64
-_TYPICAL_RANKS = (8, 16, 32)
 _MAX_MIXES = 1024
 """Factors are the clients' to choose, so what is kept of mixes needs a bound."""
 
@@ -30,35 +28,6 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b_t: torch.Tenso
     x: [num_tokens, d_in]; a: [rank, d_in]; b_t: [rank, d_out]; y: [num_tokens, d_out].
     """
     y.addmm_(x @ a.T, b_t, alpha=scale)
-
-
-@dataclass(frozen=True)
-class PageGeometry:
-    """How rank rows lie in pages: `rows_per_page[module]` rows of d_in + d_out elements fit in one page."""
-
-    page_elements: int
-    rows_per_page: Mapping[str, int]
-
-    @classmethod
-    def choose(cls, targets: Mapping[str, tuple[int, int]], longest_row: int = 0) -> "PageGeometry":
-        """The page size, of a few multiples of the longest row, that wastes least at usual ranks.
-
-        longest_row: elements of the longest row that must lie in one page besides.
-        """
-        rows = {module: d_in + d_out for module, (d_out, d_in) in targets.items()}
-        longest = max([_ALIGN_ELEMENTS, longest_row, *rows.values()])
-        longest = -(-longest // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-
-        def cost(page: int) -> int:
-            return sum(-(-rank // (page // row)) * page for rank in _TYPICAL_RANKS for row in rows.values())
-
-        step = max(longest // 4 // _ALIGN_ELEMENTS, 1) * _ALIGN_ELEMENTS
-        page = min(range(longest, 4 * longest + 1, step), key=lambda size: (cost(size), size))
-        return cls(page, {module: page // row for module, row in rows.items()})
-
-    def num_pages(self, ranks: Iterable[tuple[str, int]]) -> int:
-        """Pages that (module, rank) pairs take, however the free pages happen to lie."""
-        return sum(-(-rank // self.rows_per_page[module]) for module, rank in ranks)
 
 
 @dataclass(frozen=True)
@@ -207,14 +176,6 @@ class LoraBank:
         assert sorted(held + self._free) == list(range(self.num_pages))
 
 
-def adapter_bytes_of_rank(
-    targets: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, *, longest_row: int = 0
-) -> int:
-    """What an adapter of this rank on every target takes in a bank."""
-    geometry = PageGeometry.choose(targets, longest_row)
-    return geometry.num_pages((module, rank) for module in targets) * geometry.page_elements * dtype.itemsize
-
-
 @dataclass(frozen=True)
 class Segment:
     """Tokens [start, end) of a batch run one mix. Tokens of the base belong to no segment."""
@@ -288,6 +249,5 @@ def wrap_linears(
             targets[path] = (linear.nf, linear.nx)
         else:
             continue
-        parent_path, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent_path), name, LoraLinear(linear, path, step))
+        model.set_submodule(path, LoraLinear(linear, path, step))
     return targets

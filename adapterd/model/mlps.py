@@ -41,8 +41,7 @@ def use_fused_mlps(model: nn.Module, silu_mul: SiluMulFunction) -> int:
     replaced = 0
     for path, mlp in found.items():
         if mlp is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, mlp)
+            model.set_submodule(path, mlp)
             replaced += 1
     logger.debug("%d MLPs have their gate in one call", replaced)
     return replaced

@@ -39,8 +39,7 @@ def use_fused_norms(model: nn.Module, compute: RMSNormFunction) -> int:
     replaced = 0
     for path, norm in found:
         if norm is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, norm)
+            model.set_submodule(path, norm)
             replaced += 1
     logger.debug("%d norms run in one call", replaced)
     return replaced

@@ -1,15 +1,54 @@
-"""Matrices of any shape in the bank's pages: cut by rows, whole where pages happen to lie side by side.
+"""The bank's pages: of what size, and matrices in them, cut by rows and whole where pages happen to lie side by side.
 
-A matrix that fits in a page shares it with others; a larger one has pages of its own. How many pages that takes
-follows from shapes alone, so that it can be booked before any page is chosen.
+LoRA pairs lie by rank rows (`PageGeometry`). Of matrices of any other shape one that fits in a page shares it with
+others and a larger one has pages of its own (`PageWriter`). How many pages that takes follows from shapes alone, so
+that it can be booked before any page is chosen.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 _ALIGN_ELEMENTS = 64
+_TYPICAL_RANKS = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """How rank rows lie in pages: `rows_per_page[module]` rows of d_in + d_out elements fit in one page."""
+
+    page_elements: int
+    rows_per_page: Mapping[str, int]
+
+    @classmethod
+    def choose(cls, targets: Mapping[str, tuple[int, int]], longest_row: int = 0) -> "PageGeometry":
+        """The page size, of a few multiples of the longest row, that wastes least at usual ranks.
+
+        longest_row: elements of the longest row that must lie in one page besides.
+        """
+        rows = {module: d_in + d_out for module, (d_out, d_in) in targets.items()}
+        longest = max([_ALIGN_ELEMENTS, longest_row, *rows.values()])
+        longest = -(-longest // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+
+        def cost(page: int) -> int:
+            return sum(-(-rank // (page // row)) * page for rank in _TYPICAL_RANKS for row in rows.values())
+
+        step = max(longest // 4 // _ALIGN_ELEMENTS, 1) * _ALIGN_ELEMENTS
+        page = min(range(longest, 4 * longest + 1, step), key=lambda size: (cost(size), size))
+        return cls(page, {module: page // row for module, row in rows.items()})
+
+    def num_pages(self, ranks: Iterable[tuple[str, int]]) -> int:
+        """Pages that (module, rank) pairs take, however the free pages happen to lie."""
+        return sum(-(-rank // self.rows_per_page[module]) for module, rank in ranks)
+
+
+def adapter_bytes_of_rank(
+    targets: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, *, longest_row: int = 0
+) -> int:
+    """What an adapter of this rank on every target takes in a bank."""
+    geometry = PageGeometry.choose(targets, longest_row)
+    return geometry.num_pages((module, rank) for module in targets) * geometry.page_elements * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.core import AdapterEvents, AdapterId, BaseSpec, Batch, ScheduledSequence, Sequence
-from adapterd.host_memory import free_host_bytes
+from adapterd.core import AdapterEvents, AdapterId, Batch, ScheduledSequence, Sequence
 from adapterd.model.attention import paged_context
 from adapterd.model.base import Base
+from adapterd.model.device_memory import longest_row
 from adapterd.model.editor import Editor
-from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, kv_block_bytes
+from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.launched import LastTokens, Launched, RowResults
-from adapterd.model.lora import LoraBank, Segment, adapter_bytes_of_rank
+from adapterd.model.lora import LoraBank, Segment
 from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling
 from adapterd.model.transfer import Readback, to_device
 from adapterd.model.uploads import AdapterUploads, Uploaded
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from adapterd.model.cuda_graphs import GraphedForward
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_LORA_RANK = 16
-"""vLLM's, where a number of adapters is said and no rank."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,10 @@ class _Wanted:
 
     prompt_rows: range
     last_row: int | None
+
+    @property
+    def rows(self) -> list[int]:
+        return [*self.prompt_rows, *([] if self.last_row is None else [self.last_row])]
 
 
 class Runner:
@@ -67,7 +68,7 @@ class Runner:
             adapter_bytes,
             base.dtype,
             base.device,
-            longest_row=_longest_row(base.spec),
+            longest_row=longest_row(base.spec),
         )
         self._uploads = AdapterUploads(self.bank, base.device, events)
         self._editor = Editor(base.model, base.lora_step, base.spec.modules)
@@ -107,7 +108,7 @@ class Runner:
 
     def _forward(self, batch: Batch, wanted: list[_Wanted]) -> torch.Tensor:
         """Logits [num_wanted_rows, vocab_size], rows in the order of `wanted`."""
-        keep = [row for rows in wanted for row in _rows(rows)]
+        keep = [row for of_sequence in wanted for row in of_sequence.rows]
         segments = self._segments(batch)
         has_edits = any(segment.edits for segment in segments)
         if has_edits or self._editor.is_active:
@@ -204,16 +205,6 @@ class Runner:
         return Launched(results, sampling, readback)
 
 
-def _longest_row(spec: BaseSpec) -> int:
-    """Of all that adapters may bring: matrices lie in memory by rows, those of a mixture's experts too."""
-    stacked = [
-        shape
-        for name, shape in spec.modules.parameters.items()
-        if name.rpartition(".")[0] in spec.modules.experts
-    ]
-    return max((size for shape in stacked for size in shape[1:]), default=0)
-
-
 def _graphs(base: Base, kv: KVPool, max_num_seqs: int, has_adapters: bool) -> "GraphedForward | None":
     """Decode steps from CUDA graphs, where the kernels are those that can be recorded."""
     if base.device.type != "cuda" or base.paged_context is paged_context:
@@ -242,10 +233,6 @@ def _wanted_rows(batch: Batch) -> list[_Wanted]:
     return wanted
 
 
-def _rows(rows: _Wanted) -> list[int]:
-    return [*rows.prompt_rows, *([] if rows.last_row is None else [rows.last_row])]
-
-
 def _slots(sequence: Sequence, end: int) -> torch.Tensor:
     """int64 [end]: the pool slot of each of a sequence's first `end` tokens."""
     num_blocks = -(-end // KV_BLOCK_SIZE)
@@ -262,39 +249,3 @@ def _sampler_row(item: ScheduledSequence) -> SamplerRow:
     return SamplerRow(
         params, sequence.seed, sequence.token_ids, sequence.num_prompt_tokens, output_index, suppressed
     )
-
-
-def size_kv_pool(base: Base, kv_bytes: int | None, max_num_seqs: int) -> int:
-    """Number of KV blocks: what `kv_bytes` holds, or by default what all running sequences could fill,
-    within a share of the memory that is free now.
-    """
-    block_bytes = kv_block_bytes(base.kv_shapes, base.dtype)
-    if kv_bytes is None:
-        wanted = -(-base.spec.max_model_len // KV_BLOCK_SIZE) * max_num_seqs * block_bytes
-        share = 0.8 if base.device.type == "cuda" else 0.25
-        kv_bytes = min(wanted, int(free_bytes(base.device) * share))
-    return max(kv_bytes // block_bytes, 1)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be taken on the device now; on a CPU within the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return free_host_bytes()
-
-
-def size_adapter_memory(
-    base: Base, adapter_bytes: int | None, *, max_loras: int | None = None, max_rank: int | None = None
-) -> int:
-    """Bytes of adapter memory: as given, or room for `max_loras` adapters of rank `max_rank` on every linear, or by
-    default a tenth of what is free, 1 GiB at most on a CPU."""
-    if adapter_bytes is not None:
-        return adapter_bytes
-    if max_loras is not None:
-        rank = DEFAULT_LORA_RANK if max_rank is None else max_rank
-        longest_row = _longest_row(base.spec)
-        return max_loras * adapter_bytes_of_rank(
-            base.spec.lora_targets, rank, base.dtype, longest_row=longest_row
-        )
-    share = free_bytes(base.device) // 10
-    return share if base.device.type == "cuda" else min(share, 2**30)

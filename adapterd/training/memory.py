@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from adapterd.model.runner import free_bytes
+from adapterd.model.device_memory import free_bytes
 from adapterd.training.network import Network
 from adapterd.training.recipe import Recipe
 

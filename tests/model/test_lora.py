@@ -11,18 +11,11 @@ from torch import nn
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId
 from adapterd.deltas import LoraMatrices
-from adapterd.model.lora import LoraBank, LoraLinear, LoraStep, PageGeometry, Segment, wrap_linears
+from adapterd.model.lora import LoraBank, LoraLinear, LoraStep, Segment, wrap_linears
+from adapterd.model.pages import PageGeometry
 
 CPU = torch.device("cpu")
 TARGETS = {"q": (64, 48), "k": (16, 48), "up": (96, 48), "down": (48, 96)}  # (d_out, d_in)
-LLAMA_8B = {
-    f"layers.{layer}.{name}": shape
-    for layer in range(32)
-    for name, shape in {
-        "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
-        "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336),
-    }.items()
-}  # fmt: skip
 
 
 def make_adapter(name: str, ranks: dict[str, int], seed: int = 0) -> Adapter:
@@ -112,27 +105,6 @@ def test_evicted_pages_serve_another_adapter_and_nobody_else_notices() -> None:
     torch.testing.assert_close(delta_of(bank, ((comes.id, 1.0),), "up"), expected_delta(comes, "up"))
     with pytest.raises(KeyError):
         bank.products(((leaves.id, 1.0),))
-
-
-@pytest.mark.parametrize("rank", [8, 16, 32, 64])
-def test_usual_ranks_waste_little_of_their_pages(rank: int) -> None:
-    """At the widths of an 8-billion Llama, all seven linears; at the least 70 % of the pages' bytes are matrices."""
-    geometry = PageGeometry.choose(LLAMA_8B)
-    pages = geometry.num_pages((module, rank) for module in LLAMA_8B)
-    used = sum(rank * (d_in + d_out) for d_out, d_in in LLAMA_8B.values())
-    assert used / (pages * geometry.page_elements) >= 0.7
-
-
-def test_adapter_pays_for_its_rank_and_its_targets_alone() -> None:
-    geometry = PageGeometry.choose(LLAMA_8B)
-
-    def pages(rank: int, *names: str) -> int:
-        return geometry.num_pages((m, rank) for m in LLAMA_8B if m.rpartition(".")[2] in names)
-
-    everything = ("q", "k", "v", "o", "gate", "up", "down")
-    assert pages(64, *everything) == pytest.approx(8 * pages(8, *everything), rel=0.15)
-    assert pages(8, *everything) == pages(8, "q", "v") + pages(8, "k", "o", "gate", "up", "down")
-    assert pages(8, "q", "v") < 0.25 * pages(8, *everything)
 
 
 def test_mix_adds_its_adapters_each_at_its_factor() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from adapterd.core import RequestId, SamplingParams, TokenLogprobs
-from adapterd.model.kv import KV_BLOCK_SIZE, kv_block_bytes
-from adapterd.model.runner import free_bytes, size_adapter_memory, size_kv_pool
+from adapterd.model.kv import kv_block_bytes
 from tests.exactness.families import Reference, linear_names, save_adapter, save_model
 from tests.offline import Offline, OfflineSettings
 
@@ -179,14 +178,3 @@ def test_composed_adapters_add_up_as_their_weights_do(directories: dict[str | No
     log_probs = merged.logits(PROMPTS["b"]).log_softmax(-1)
     for row, entry in enumerate(found):
         assert entry.logprob == pytest.approx(log_probs[row, entry.token_id].item(), abs=5e-4)
-
-
-def test_memory_is_what_was_asked_for_or_a_share_of_what_is_free(directories: dict[str | None, Path]) -> None:
-    base = start(directories).base
-    block_bytes = kv_block_bytes(base.kv_shapes, base.dtype)
-    assert size_kv_pool(base, 10 * block_bytes + block_bytes // 2, 16) == 10
-    assert size_kv_pool(base, 1, 16) == 1
-    wanted = 16 * base.spec.max_model_len // KV_BLOCK_SIZE
-    assert size_kv_pool(base, None, 16) == min(wanted, int(free_bytes(base.device) * 0.25) // block_bytes)
-    assert size_adapter_memory(base, 12345) == 12345
-    assert 0 < size_adapter_memory(base, None) <= 2**30
