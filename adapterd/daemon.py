@@ -19,7 +19,8 @@ from adapterd.first_use import allowed_by
 from adapterd.host_memory import free_host_bytes
 from adapterd.lora_modules import NO_MODULES, LoraModules
 from adapterd.metrics import Metrics
-from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
+from adapterd.model.base import DeviceName, load_base
+from adapterd.model.checkpoint import DtypeName, QuantizationName
 from adapterd.model.device_memory import DEFAULT_LORA_RANK
 from adapterd.model.find import find_base
 from adapterd.model.runner import Runner

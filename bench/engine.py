@@ -23,7 +23,8 @@ import torch
 
 from adapterd.adapter import read_adapter
 from adapterd.core import RequestId
-from adapterd.model.base import Base, DtypeName, load_base
+from adapterd.model.base import Base, load_base
+from adapterd.model.checkpoint import DtypeName
 from adapterd.token_table import TokenizerIdentity
 from bench.hardware import synchronise
 from bench.offline import OfflineEngine, Sizes

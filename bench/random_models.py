@@ -15,7 +15,8 @@ from adapterd.adapter import Adapter
 from adapterd.core import AdapterDigest, AdapterId, BaseSpec
 from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import ATTENTION_NAME, register_attention
-from adapterd.model.base import Base, QuantizationName, base_of
+from adapterd.model.base import Base, base_of
+from adapterd.model.checkpoint import QuantizationName
 from adapterd.model.kernels import KernelName
 
 

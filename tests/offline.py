@@ -8,7 +8,8 @@ from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import AdapterId, AdapterMix, Request, RequestId, SamplingParams
 from adapterd.engine.build import Finished, build_engine, collect
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.model.base import DeviceName, DtypeName, QuantizationName, load_base
+from adapterd.model.base import DeviceName, load_base
+from adapterd.model.checkpoint import DtypeName, QuantizationName
 from adapterd.model.kernels import KernelName
 from adapterd.peft_proof import AdapterProver
 from adapterd.token_table import TokenizerIdentity, TokenTable

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapterd.model.base import exact_context, read_config
+from adapterd.model.checkpoint import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import epoch_batches

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from adapterd.model.base import exact_context, read_config
+from adapterd.model.checkpoint import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import epoch_batches

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adapterd.core import RequestId, SamplingParams
-from adapterd.model.base import DeviceName, QuantizationName
+from adapterd.model.base import DeviceName
+from adapterd.model.checkpoint import QuantizationName
 from bench.gpu_trace import noted_replays
 from tests.exactness.families import Reference, linear_names, save_adapter, save_model
 from tests.exactness.test_families import GREEDY, PROMPT_LENGTHS, ROUTES, draw_prompt
