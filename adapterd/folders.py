@@ -4,14 +4,13 @@ Looks and decides when; what to do about a name, and the reading itself, is `fol
 """
 
 import logging
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+from adapterd.polling import Poller
 from adapterd.watch import Found, Scan, Signature, scan
 
 _logger = logging.getLogger(__name__)
@@ -54,35 +53,22 @@ class FolderWatcher:
         self._named = dict(named)
         self._names = names
         self._pool = pool
-        self._poll_seconds = poll_seconds
         self._seen: dict[str, Signature] = {}
         self._polls_missing: dict[str, int] = {}
         self._in_flight: set[str] = set()
         self._reported: set[str] = set()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._poller = Poller(self._poll, poll_seconds, name="adapter-watch")
 
     def start(self) -> None:
         """Look once in this thread, so that every folder there is known, then keep watching."""
         self._poll(first=True)
-        self._thread = threading.Thread(target=self._watch, name="adapter-watch", daemon=True)
-        self._thread.start()
+        self._poller.start()
 
     def stop(self) -> None:
         """Harmless if never started."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._poller.stop()
 
-    def _watch(self) -> None:
-        seconds = self._poll_seconds
-        while not self._stopping.wait(seconds):
-            began = time.monotonic()
-            self._poll(first=False)
-            # Ten thousand folders on a slow disk take a while to look at; never spend more than a tenth on it.
-            seconds = max(self._poll_seconds, 10 * (time.monotonic() - began))
-
-    def _poll(self, *, first: bool) -> None:
+    def _poll(self, *, first: bool = False) -> None:
         result = scan(self._roots, self._named)
         for problem in set(result.problems) - self._reported:
             _logger.warning("%s", problem)

@@ -17,9 +17,10 @@ from pathlib import Path
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
 from adapterd.changes import NameChanges, located
-from adapterd.errors import AdapterdError, ConfigError
+from adapterd.errors import ConfigError
 from adapterd.manifest import Declared, Manifest, ManifestAdapter, read_manifest
 from adapterd.names import NameRecord
+from adapterd.polling import Poller
 from adapterd.reading import AdapterReader, Files
 from adapterd.watch import signature_of
 
@@ -27,6 +28,9 @@ RETRY_POLLS = (5, 300)
 """How many polls after a failure it is tried again, at first and at most."""
 
 _logger = logging.getLogger(__name__)
+
+_Contents = tuple[tuple[Adapter, Files], Mapping[str, tuple[Adapter, Files]]]
+"""Of one name: the current one, and by alias those that have their own."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ class ManifestOwner:
         self._in_flight: set[str] = set()
         self._retries: dict[str, _Retry] = {}
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._poller = Poller(self._poll, poll_seconds, name="manifest-watch")
 
     def status(self) -> ManifestStatus:
         return ManifestStatus(self.path, self._manifest.sha256, self._error)
@@ -84,28 +87,17 @@ class ManifestOwner:
     def start(self) -> None:
         """Claim every name, begin with what is not as it should be, and keep watching."""
         self._converge(first=True)
-        self._thread = threading.Thread(target=self._watch, name="manifest-watch", daemon=True)
-        self._thread.start()
+        self._poller.start()
 
     def stop(self) -> None:
         """Harmless if never started."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._poller.stop()
 
-    def _watch(self) -> None:
-        seconds = self._poll_seconds
-        while not self._stopping.wait(seconds):
-            began = time.monotonic()
-            try:
-                self._look()
-                self._converge(first=False)
-            except Exception:  # a full disk, say: whatever it is, the next look may do better
-                _logger.exception("following the manifest %s failed", self.path)
-            # Thousands of folders on a slow disk take a while to look at; never spend more than a tenth on it.
-            seconds = max(self._poll_seconds, 10 * (time.monotonic() - began))
+    def _poll(self) -> None:
+        self._read_if_changed()
+        self._converge(first=False)
 
-    def _look(self) -> None:
+    def _read_if_changed(self) -> None:
         """Read the file again if it has changed, or could not be read."""
         stamp = _stamp(self.path)
         if stamp == self._stamp and self._error is None:
@@ -193,10 +185,8 @@ class ManifestOwner:
             self._changes.publish(record, adapter, source=files.source)
         return None
 
-    def _read_all(
-        self, wanted: ManifestAdapter
-    ) -> tuple[tuple[Adapter, Files], Mapping[str, tuple[Adapter, Files]]] | str:
-        """The current content and those of the aliases that have their own, or why one of them cannot be had."""
+    def _read_all(self, wanted: ManifestAdapter) -> _Contents | str:
+        """All that an entry names, or why one of it cannot be had."""
 
         def read(declared: Declared) -> tuple[Adapter, Files]:
             files = self._reader.obtain(declared.source, declared.hashes)
@@ -206,14 +196,12 @@ class ManifestOwner:
             return (
                 f"adapter {wanted.name!r}: that is the base's own name; call it something else in {self.path}"
             )
-        try:
+
+        def read_all() -> _Contents:
             others = {alias: read(what) for alias, what in wanted.aliases.items() if what is not None}
             return read(wanted.current), others
-        except AdapterdError as error:
-            return error.message
-        except Exception as error:  # a bug of ours must end in a FAILED name, not in one that loads for ever
-            _logger.exception("adapter %s: reading failed", wanted.name)
-            return f"adapter {wanted.name!r} could not be read: {type(error).__name__}: {error}"
+
+        return self._reader.try_read(wanted.name, read_all)
 
     def _drop(self, name: str, manifest: Manifest) -> None:
         with self._changes.of(name) as record:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import AdapterEvents, BaseSpec, Unobserved
@@ -25,6 +26,8 @@ from adapterd.token_table import TokenizerIdentity
 from adapterd.watch import Signature, signature_of
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class AdapterReader:
         self._events.adapter_loaded(name, "host", seconds)
         return adapter
 
-    def try_read(self, name: str, read: Callable[[], Adapter]) -> Adapter | str:
+    def try_read(self, name: str, read: Callable[[], T]) -> T | str:
         """What `read` gives, or why there is nothing."""
         try:
             return read()

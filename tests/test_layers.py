@@ -13,7 +13,7 @@ PACKAGE = Path(adapterd.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below. Of the two in the middle,
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("core", "errors", "file_names", "host_memory", "__init__"),
+    ("core", "errors", "file_names", "host_memory", "polling", "__init__"),
     ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
     (
         *("config", "lora_modules", "peft_fields", "deltas", "proof", "model_name"),
