@@ -66,6 +66,7 @@ class Catalog:
         self._on_pins = on_pins
         self._changed = threading.Condition()  # guards all below
         self._names: dict[str, NameRecord] = {}
+        self._num_by_state: Counter[State] = Counter()
         self._host = HostVersions(host_bytes, events=events)
         self._meanings: dict[AdapterId, dict[str, NameRecord]] = {}  # by spelling: NAME, or NAME@ALIAS
         self._sizes: list[int] = []  # of the current versions, sorted
@@ -87,7 +88,7 @@ class Catalog:
 
     def num_by_state(self) -> Counter[State]:
         with self._changed:
-            return Counter(record.state for record in self._names.values())
+            return self._num_by_state.copy()
 
     def update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> bool:
         """Replace a record by what `change` makes of it, in memory alone; whether that is another one.
@@ -97,7 +98,7 @@ class Catalog:
         with self._changed:
             before = self._names.get(name, NameRecord(name))
             after = change(before)
-            self._names[name] = after
+            self._set(after)
             return after is not before
 
     def put(self, record: NameRecord, adapter: Adapter | None = None, *, save: bool = True) -> None:
@@ -110,7 +111,7 @@ class Catalog:
         with self._changed:
             before = self._names.get(record.name, NameRecord(record.name))
             pinned_before = self._host.pinned
-            self._names[record.name] = record
+            self._set(record)
             if adapter is not None:
                 self._host.add(adapter)
             dropped = self._account(before, record)
@@ -221,8 +222,15 @@ class Catalog:
             self._host.check_integrity()
             wanted = Counter(adapter_id for record in self._names.values() for adapter_id in record.wanted)
             assert self._num_wanted == wanted
+            assert self._num_by_state == Counter(record.state for record in self._names.values())
 
     # Called with the lock held
+
+    def _set(self, record: NameRecord) -> None:
+        if (before := self._names.get(record.name)) is not None:
+            self._num_by_state[before.state] -= 1
+        self._num_by_state[record.state] += 1
+        self._names[record.name] = record
 
     def _account(self, before: NameRecord, after: NameRecord) -> Sequence[AdapterId]:
         """Count who is meant by names now; the versions to tell `on_drop` of."""

@@ -60,10 +60,13 @@ class Family:
 
     def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
         """Set these series, and drop those that are not among them."""
-        for labels in [labels for labels in self._rows if labels not in values]:
-            self._drop(labels)
+        if self._rows.keys() != values.keys():
+            for labels in [labels for labels in self._rows if labels not in values]:
+                self._drop(labels)
         for labels, value in values.items():
-            self.set(labels, value)
+            row = self._rows.get(labels)
+            if not isinstance(row, _Number) or row.value != value:  # most are as they were
+                self.set(labels, value)
 
     def drop(self, first_label: str) -> None:
         """Drop the series whose first label has this value."""
@@ -76,7 +79,7 @@ class Family:
             for labels in self._changed:
                 self._rows[labels].render()
             self._changed.clear()
-            self._text = "".join([row.text for row in self._rows.values()]).encode()
+            self._text = b"".join([row.text for row in self._rows.values()])
         return self._heads[format], self._text
 
     def _row(self, labels: tuple[str, ...]) -> "_Number | _Histogram":
@@ -109,10 +112,10 @@ class _Number:
     def __init__(self, name: str, labels: Iterable[tuple[str, str]]) -> None:
         self._prefix = f"{name}{_braces(labels)} "
         self.value: float = 0
-        self.text = ""
+        self.text = b""
 
     def render(self) -> None:
-        self.text = f"{self._prefix}{_number(self.value)}\n"
+        self.text = f"{self._prefix}{_number(self.value)}\n".encode()
 
 
 class _Histogram:
@@ -127,7 +130,7 @@ class _Histogram:
         self._count, self._sum = f"{name}_count{_braces(labels)} ", f"{name}_sum{_braces(labels)} "
         self.counts = [0] * len(self._prefixes)
         self.sum = 0.0
-        self.text = ""
+        self.text = b""
 
     def render(self) -> None:
         total = 0
@@ -135,7 +138,7 @@ class _Histogram:
         for prefix, count in zip(self._prefixes, self.counts, strict=True):
             total += count
             lines.append(f"{prefix}{total}\n")
-        self.text = f"{''.join(lines)}{self._count}{total}\n{self._sum}{_number(self.sum)}\n"
+        self.text = f"{''.join(lines)}{self._count}{total}\n{self._sum}{_number(self.sum)}\n".encode()
 
 
 def render(families: Iterable[Family], format: Format) -> bytes:

@@ -142,7 +142,7 @@ class Metrics:
             registry=registry,
             server=server,
             router=self._residency.view(names, engine, registry, server),
-            process=self._process.values(),
+            process=self._process.values,
             now_seconds=self.clock(),
             labelled=self._busiest.chosen,
         )

@@ -7,10 +7,11 @@ it is what its next request should be sent to.
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from adapterd.core import AdapterId, EngineStats, LoadedName, RegistryStats, ServerStats
 
@@ -30,14 +31,17 @@ class LoadedNames(Protocol):
     def loaded(self, on_device: Collection[AdapterId]) -> Sequence[LoadedName]: ...
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One spelling of one adapter in memory."""
+class Entry(NamedTuple):
+    """One spelling of one adapter in memory, as the labels of its series say it.
 
+    A tuple, since hundreds are made whenever one adapter moves.
+    """
+
+    model_name: str
     adapter_name: str
     level: Literal["gpu", "cpu"]
-    is_pinned: bool
-    rank: int
+    pinned: Literal["true", "false"]
+    rank: str
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,16 @@ class Residency:
     ) -> RouterView:
         device = frozenset(engine.resident)
         loaded = names.loaded(device)
-        on_device = [name for name in loaded if name.id in device]
-        on_host = [name for name in loaded if name.id not in device]
+        on_device: list[LoadedName] = []
+        on_host: list[LoadedName] = []
+        for name in loaded:
+            (on_device if name.id in device else on_host).append(name)
         wanted = {adapter_id for mix, _ in engine.waiting for adapter_id, _ in mix}
         waiting = {name.spelling for name in on_host if name.id in wanted}.union(reading)
-        entries = self._entries(on_device, "gpu")
+        entries = tuple(self._entries(on_device, "gpu"))
         view = RouterView(
             on_device=entries,
-            on_host=self._entries(on_host, "cpu")[:MAX_HOST_ENTRIES],
+            on_host=tuple(islice(self._entries(on_host, "cpu"), MAX_HOST_ENTRIES)),
             waiting=tuple(entry for name in sorted(waiting) for entry in self._spelled(name)),
             max_entries=len(entries) + len(self._spellings) * _num_fitting(engine, registry),
             changed_unix=self._view.changed_unix,
@@ -102,9 +108,9 @@ class Residency:
             return view
         return RouterView(view.on_device, view.on_host, view.waiting, view.max_entries, self._unix_time())
 
-    def _entries(self, names: Iterable[LoadedName], level: Literal["gpu", "cpu"]) -> tuple[Entry, ...]:
-        return tuple(
-            Entry(spelled, level, name.is_pinned, name.rank)
+    def _entries(self, names: Iterable[LoadedName], level: Literal["gpu", "cpu"]) -> Iterator[Entry]:
+        return (
+            Entry(self._base_name, spelled, level, "true" if name.is_pinned else "false", str(name.rank))
             for name in sorted(names, key=lambda name: name.spelling)
             for spelled in self._spelled(name.spelling)
         )

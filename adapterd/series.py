@@ -26,14 +26,17 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a scrape is made of, beside what requests and adapters have been counted for."""
+    """All that a scrape is made of, beside what requests and adapters have been counted for.
+
+    `process` asks the system, which takes a while, so it is called by those alone who need it.
+    """
 
     base_name: str
     engine: EngineStats
     registry: RegistryStats
     server: ServerStats
     router: RouterView
-    process: Mapping[str, float]
+    process: Callable[[], Mapping[str, float]]
     now_seconds: float
     labelled: frozenset[str]
 
@@ -74,7 +77,11 @@ def _counter(name: str, help: str, value: Callable[[Snapshot], float]) -> Series
 
 
 def _process(kind: Kind, name: str, help: str) -> Series:
-    return Series(name, help, kind, rows=lambda s: {(): s.process[name]} if name in s.process else {})
+    def rows(s: Snapshot) -> Mapping[Labels, float]:
+        values = s.process()
+        return {(): values[name]} if name in values else {}
+
+    return Series(name, help, kind, rows=rows)
 
 
 def _by_adapter(name: str, help: str, *buckets: float, more: Labels = ()) -> Series:
@@ -99,11 +106,7 @@ def _lora_requests_info(s: Snapshot) -> Mapping[Labels, float]:
 
 
 def _lora_adapter_loaded(s: Snapshot) -> Mapping[Labels, float]:
-    def labels(entry: Entry) -> Labels:
-        pinned = "true" if entry.is_pinned else "false"
-        return (s.base_name, entry.adapter_name, entry.level, pinned, str(entry.rank))
-
-    return {labels(entry): 1 for entry in (*s.router.on_device, *s.router.on_host)}
+    return dict.fromkeys((*s.router.on_device, *s.router.on_host), 1)
 
 
 def _adapter_queue(s: Snapshot) -> Mapping[Labels, float]:
@@ -120,8 +123,6 @@ def _info(s: Snapshot) -> Mapping[Labels, float]:
     return {(s.base_name, adapterd.__version__): 1}
 
 
-_LOADED_LABELS = ("model_name", "adapter_name", "level", "pinned", "rank")
-
 # fmt: off
 SERIES: tuple[Series, ...] = (
     # What routers read. Entries are adapters as clients spell them, so one adapter has two: see residency.py.
@@ -132,9 +133,10 @@ SERIES: tuple[Series, ...] = (
            ("model_name", "block_size", "num_gpu_blocks"), rows=_cache_config),
     Series("vllm:lora_requests_info", "Entries resident on the device, idle ones too, and entries waiting to be;"
            " the value is when that last changed.", "gauge",
-           ("max_lora", "running_lora_adapters", "waiting_lora_adapters"), rows=_lora_requests_info),
+           ("max_lora", "running_lora_adapters", "waiting_lora_adapters"), rows=_lora_requests_info,
+           made_of=lambda s: s.router),
     Series("vllm:lora_adapter_loaded", "1 for each entry in memory: on the device (gpu) or on the host (cpu).",
-           "gauge", _LOADED_LABELS, rows=_lora_adapter_loaded, made_of=lambda s: s.router),
+           "gauge", Entry._fields, rows=_lora_adapter_loaded, made_of=lambda s: s.router),
     _gauge("vllm:num_gpu_loaded_lora_adapters", "Entries on the device.", lambda s: len(s.router.on_device)),
     _gauge("vllm:num_cpu_loaded_lora_adapters", "Entries on the host alone.", lambda s: len(s.router.on_host)),
     _gauge("vllm:max_gpu_lora_adapters", "Entries on the device and those that would still fit.",

@@ -18,6 +18,7 @@ from adapterd.server.envelope import EXCEPTION_HANDLERS
 from adapterd.server.generate import CHAT, COMPLETIONS, Generate
 from adapterd.server.health import Health
 from adapterd.server.keys import KeyRing, Role
+from adapterd.server.metrics_page import METRICS, ROUTER_METRICS, MetricsPage, StraightToMetrics
 from adapterd.server.models import Models
 from adapterd.server.openapi import openapi
 from adapterd.server.state import ServerState
@@ -43,8 +44,9 @@ def create_app(
     app = Starlette(
         routes=routes(state, allow_runtime_adapters=allow_runtime_adapters),
         middleware=[
-            Middleware(RequestIds),
             Middleware(ClosingConnections, drain=state.drain),
+            Middleware(StraightToMetrics, page=MetricsPage(state.metrics)),
+            Middleware(RequestIds),
             Middleware(ApiKeys, keys=keys, without_key=without_key),
         ],
         exception_handlers=EXCEPTION_HANDLERS,
@@ -55,7 +57,7 @@ def create_app(
 
 
 def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
-    health, models = Health(state), Models(state)
+    health, models, metrics_page = Health(state), Models(state), MetricsPage(state.metrics)
     adapters = Adapters(state)
     vllm, sglang = VllmAdapters(state), SglangAdapters(state)
     served: list[BaseRoute] = [
@@ -68,8 +70,8 @@ def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRout
         Route("/health", health.readyz),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
-        Route("/metrics", health.metrics),
-        Route("/metrics/router", health.router_metrics),
+        Route(METRICS, metrics_page, methods=["GET"]),
+        Route(ROUTER_METRICS, metrics_page, methods=["GET"]),
         Route("/version", health.version),
         Route("/openapi.json", openapi),
     ]

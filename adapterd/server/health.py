@@ -1,10 +1,9 @@
-"""Probes, version and metrics: open to everyone, quick, and never waiting for the engine."""
+"""Probes and version: open to everyone, quick, and never waiting for the engine."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import adapterd
-from adapterd.exposition import CONTENT_TYPES, accepted_format
 from adapterd.server.state import ServerState
 
 
@@ -22,18 +21,6 @@ class Health:
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": adapterd.__version__})
-
-    async def metrics(self, request: Request) -> Response:
-        return self._metrics(request, for_router=False)
-
-    async def router_metrics(self, request: Request) -> Response:
-        """The series that routers read, many times a second: a small part of all."""
-        return self._metrics(request, for_router=True)
-
-    def _metrics(self, request: Request, *, for_router: bool) -> Response:
-        format = accepted_format(request.headers.get("accept", ""))
-        body = self._state.metrics.render(format, for_router=for_router)
-        return Response(body, headers={"content-type": CONTENT_TYPES[format]})
 
 
 def _probe(reason: str | None) -> Response:

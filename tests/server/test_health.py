@@ -58,31 +58,3 @@ async def test_not_ready_while_draining(client: httpx.AsyncClient, state: Server
 
 async def test_version(client: httpx.AsyncClient) -> None:
     assert (await client.get("/version")).json() == {"version": adapterd.__version__}
-
-
-@pytest.mark.parametrize("accept", ["", "*/*", "application/vnd.google.protobuf;proto=x;encoding=delimited"])
-async def test_metrics_are_plain_text_by_default(client: httpx.AsyncClient, accept: str) -> None:
-    response = await client.get("/metrics", headers={"accept": accept})
-    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert 'vllm:num_requests_waiting{model_name="tiny"} 3.0' in response.text
-
-
-async def test_openmetrics_on_request(client: httpx.AsyncClient) -> None:
-    response = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
-    assert response.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
-    assert response.text.endswith("# EOF\n")
-
-
-@pytest.mark.parametrize(("page", "least_bytes"), [("/metrics", 5000), ("/metrics/router", 1000)])
-async def test_metrics_answer_head(client: httpx.AsyncClient, page: str, least_bytes: int) -> None:
-    response = await client.head(page)
-    assert (response.status_code, response.text) == (200, "")
-    assert int(response.headers["content-length"]) > least_bytes
-
-
-async def test_routers_find_all_that_they_read_on_a_page_of_its_own(client: httpx.AsyncClient) -> None:
-    everything, routers = await client.get("/metrics"), await client.get("/metrics/router")
-    assert routers.headers["content-type"] == everything.headers["content-type"]
-    lines = everything.text.splitlines()
-    assert routers.text.splitlines() == [line for line in lines if "vllm:" in line.partition("{")[0]]
-    assert "adapterd_" not in routers.text
