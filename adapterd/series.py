@@ -6,7 +6,7 @@ is one series each, because llm-d's router takes the first it finds. What vLLM l
 `python -m adapterd.series` prints the table as docs/metrics.md has it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import adapterd
@@ -206,10 +206,10 @@ SERIES: tuple[Series, ...] = (
 # fmt: on
 
 
-def markdown() -> str:
+def markdown(table: Sequence[Series] = SERIES) -> str:
     """The table for people."""
     lines = ["| series | kind | labels | what it says |", "|---|---|---|---|"]
-    for series in SERIES:
+    for series in table:
         labels = ", ".join(f"`{label}`" for label in series.labels)
         lines.append(f"| `{series.name}` | {series.kind} | {labels} | {series.help} |")
     return "\n".join(lines) + "\n"

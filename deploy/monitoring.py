@@ -19,6 +19,8 @@ RULES = DEPLOY / "compose" / "rules.yaml"
 _WIDTH, _HEIGHT = 8, 7
 _COLUMNS = 24 // _WIDTH
 PODS = 'namespace=~"$namespace", pod=~"$pod"'
+RUNS = 'namespace=~"$namespace"'
+"""Training runs: their pods are not among those that serve, of which one is chosen."""
 RATE = "$__rate_interval"
 
 
@@ -211,6 +213,61 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "The most of any pod; GET /v1/models says which.",
                 "short",
                 (("refused", f"max(adapterd_failed_adapters{{{PODS}}})"),),
+                kind="stat",
+            ),
+        ),
+    ),
+    (
+        "Training runs",
+        (
+            Panel(
+                "Training loss",
+                "Mean loss of each step's rows, and of the rows held back, in nats.",
+                "short",
+                (
+                    ("{{adapter}}", f"adapterd_training_loss{{{RUNS}}}"),
+                    ("{{adapter}}, held back", f"adapterd_training_validation_loss{{{RUNS}}}"),
+                ),
+            ),
+            Panel(
+                "Training progress",
+                "Part of the steps that are done; early stopping makes it jump.",
+                "percentunit",
+                (
+                    (
+                        "{{adapter}}",
+                        f"adapterd_training_step{{{RUNS}}} / adapterd_training_last_step{{{RUNS}}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Training speed",
+                "Tokens trained on in a second.",
+                "short",
+                (
+                    (
+                        "{{adapter}}",
+                        f"sum by (adapter) (rate(adapterd_training_tokens_total{{{RUNS}}}[{RATE}]))",
+                    ),
+                ),
+            ),
+            Panel(
+                "Accuracy on rows held back",
+                "Share of first-ranked tokens at the last evaluation.",
+                "percentunit",
+                (("{{adapter}}", f"adapterd_training_validation_accuracy{{{RUNS}}}"),),
+            ),
+            Panel(
+                "Work in no checkpoint",
+                "What a killed run would lose, in seconds.",
+                "s",
+                (("{{adapter}}", f"time() - adapterd_training_saved_timestamp_seconds{{{RUNS}}}"),),
+            ),
+            Panel(
+                "Runs",
+                "By what they do now: preparing, training, or proving that a fresh engine answers alike.",
+                "short",
+                (("{{state}}", f"sum by (state) (adapterd_training_state{{{RUNS}}})"),),
                 kind="stat",
             ),
         ),

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from adapterd.config.settings import Device, Names, Settings
+from adapterd.config.settings import Device, Names, Settings, flag
 
 _MAP = "what the columns are called: prompt=COLUMN completion=COLUMN system=COLUMN"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -89,6 +90,23 @@ class TrainSettings(Settings):
     tensorboard: Path | None = Field(
         None, description="directory to write TensorBoard logs into (needs tensorboardX)"
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="serve Prometheus' /metrics of the run on this port while it lasts; 0 picks a free one",
+    )
+    metrics_host: str | None = Field(
+        None, min_length=1, description="address for --metrics-port to listen on (default: 127.0.0.1)"
+    )
+
+    @model_validator(mode="after")
+    def _a_host_has_a_port(self) -> "TrainSettings":
+        if self.metrics_host is not None and self.metrics_port is None:
+            message = "{host} says where {port} listens; set that as well"
+            names = {"host": flag("metrics_host"), "port": flag("metrics_port")}
+            raise PydanticCustomError("metrics_host", message, names)
+        return self
 
 
 class EstimateSettings(TrainSettings):

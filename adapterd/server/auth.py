@@ -33,7 +33,7 @@ def check_exposure(
     `insecure_no_auth` is an operator's word that somebody in front checks the clients; nobody in front can tell
     an admin, so changing what is served needs a key of ours all the same.
     """
-    is_public = not _is_loopback(host)
+    is_public = not is_loopback(host)
     if is_public and not has_keys and not insecure_no_auth:
         raise ConfigError(
             f"--host {host} can be reached from other machines and no API key is set; start with"
@@ -48,7 +48,7 @@ def check_exposure(
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -23,6 +23,8 @@ from adapterd.training.dataset import Dataset, read_dataset
 from adapterd.training.errors import TrainingDiverged, TrainingInterrupted
 from adapterd.training.history import StepRecord, TensorBoardLog, check_tensorboard
 from adapterd.training.memory import fit_memory
+from adapterd.training.metrics import TrainingMetrics
+from adapterd.training.metrics_server import LOOPBACK, metrics_served
 from adapterd.training.network import build_network
 from adapterd.training.plan import make_plan
 from adapterd.training.progress import Progress, lines_above_bar
@@ -50,13 +52,19 @@ def train(recipe: Recipe, *, stop: threading.Event | None = None) -> Path:
     in_place = target.is_dir() and target.resolve() == recipe.data.resolve().parent
     check_target(target, in_place=in_place)
     check_tensorboard(recipe.tensorboard)
-    with only_run(run_directory(recipe)) as directory, lines_above_bar():
+    metrics = TrainingMetrics(recipe.name, recipe.base, checkpoint_seconds=recipe.checkpoint_seconds)
+    with (
+        metrics_served(metrics, recipe.metrics_host or LOOPBACK, recipe.metrics_port),
+        only_run(run_directory(recipe)) as directory,
+        lines_above_bar(),
+    ):
         checkpoints = directory / "checkpoints"
         try:
-            learnt = _learn(recipe, checkpoints, stop or threading.Event())
+            learnt = _learn(recipe, checkpoints, stop or threading.Event(), metrics)
         except TrainingDiverged:
             shutil.rmtree(checkpoints, ignore_errors=True)  # going on from there would end there again
             raise
+        metrics.enter("proving")
         gc.collect()  # the fresh engine needs the memory that the trainer's base took
 
         # The proof: served as a daemon serves it, the adapter answers as it did here. Only then is it published.
@@ -90,7 +98,9 @@ class _Learnt:
     logprobs: list[torch.Tensor]
 
 
-def _learn(recipe: Recipe, checkpoint_directory: Path, stop: threading.Event) -> _Learnt:
+def _learn(
+    recipe: Recipe, checkpoint_directory: Path, stop: threading.Event, metrics: TrainingMetrics
+) -> _Learnt:
     # Rows to tokens: every problem is found before the base is loaded.
     base = find_base(recipe.base)
     renderer = Renderer.load(base)
@@ -121,6 +131,7 @@ def _learn(recipe: Recipe, checkpoint_directory: Path, stop: threading.Event) ->
         _check_finite("the validation loss before any step", loss)
         state.history.append(StepRecord(0, valid_loss=loss, valid_accuracy=accuracy))
     epochs = _Epochs(dataset, recipe)
+    metrics.begin(state.history, last_step=schedule.decay_end)
     last_checkpoint = time.monotonic()
     with (
         closing(TensorBoardLog(recipe.tensorboard, first_step=state.step + 1)) as tensorboard,
@@ -158,8 +169,10 @@ def _learn(recipe: Recipe, checkpoint_directory: Path, stop: threading.Event) ->
             tensorboard.add(record, rate)
             num_tokens = sum(example.num_tokens for example in examples)
             progress.step(record, num_tokens=num_tokens, last_step=schedule.decay_end)
+            metrics.step(record, learning_rate=rate, num_tokens=num_tokens, last_step=schedule.decay_end)
             if time.monotonic() - last_checkpoint >= recipe.checkpoint_seconds:
-                checkpoints.save(state.step, state.snapshot())
+                if checkpoints.save(state.step, state.snapshot()):
+                    metrics.saved()
                 last_checkpoint = time.monotonic()
 
     # What is kept is the best step, not the last one.

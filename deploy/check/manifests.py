@@ -102,8 +102,11 @@ def kustomizations() -> dict[str, tuple[str, ...]]:
     components = sorted(
         path.parent.relative_to(DEPLOY).as_posix() for path in DEPLOY.glob("components/**/kustomization.yaml")
     )
-    # A training job writes to the volume that another component brings.
-    needs = {"components/train-job": ("components/adapters-pvc",)}
+    # A training job writes to the volume that another component brings, and is what a third one looks at.
+    needs = {
+        "components/train-job": ("components/adapters-pvc",),
+        "components/train-job-monitoring": ("components/adapters-pvc", "components/train-job"),
+    }
     return {
         "base": ("base",),
         **{name: ("base", *needs.get(name, ()), name) for name in components},

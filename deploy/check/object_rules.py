@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from adapterd.series import SERIES
+from adapterd.training import metrics as training
 from deploy.check.manifests import Manifests, Object, Pod
 
 _CLUSTER_WIDE = ("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
@@ -48,7 +49,9 @@ def selectors(manifests: Manifests) -> Iterator[str]:
             yield f"{_where(item)}: selects no pod"
     for item in manifests.of("Service", "PodDisruptionBudget", "PodMonitor", "InferencePool"):
         labels = item["spec"]["selector"].get("matchLabels", item["spec"]["selector"])
-        if any(pod.owner["kind"] == "Job" for pod in manifests.pods_with(labels)):
+        kinds = {pod.owner["kind"] for pod in manifests.pods_with(labels)}
+        # A monitor may look at training alone.
+        if "Job" in kinds and (item["kind"] != "PodMonitor" or len(kinds) > 1):
             yield f"{_where(item)}: takes a training Job for a server"
 
 
@@ -198,7 +201,7 @@ def rights(manifests: Manifests) -> Iterator[str]:
 
 
 def series(manifests: Manifests) -> Iterator[str]:
-    """Rules and panels ask only for series that adapterd has, or that another rule records."""
+    """Rules and panels ask only for series that a daemon or a training run has, or that another rule records."""
     rules = [
         (item, rule)
         for item in manifests.of("PrometheusRule")
@@ -231,7 +234,7 @@ def _expression(where: str, expression: str, recorded: set[str]) -> Iterator[str
 
 
 def _is_known(name: str) -> bool:
-    for entry in SERIES:
+    for entry in (*SERIES, *training.SERIES):
         parts = ("_bucket", "_sum", "_count") if entry.kind == "histogram" else ("",)
         if name in [entry.name + part for part in parts]:
             return True

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapterd.cli import build_parser
-from adapterd.config import COMMANDS, ServeSettings, Settings, load_settings
+from adapterd.config import COMMANDS, ServeSettings, Settings, TrainSettings, load_settings
 from adapterd.errors import AdapterdError
-from adapterd.server.auth import check_exposure
+from adapterd.server.auth import check_exposure, is_loopback
 from deploy.check.manifests import Manifests, Object
 
 EXIT_SECONDS = 10
@@ -178,6 +178,12 @@ def settings(manifests: Manifests) -> Iterator[str]:
         except (AdapterdError, SystemExit) as error:
             yield f"{name}: {error}"
             continue
+        ports = [port["containerPort"] for port in container.get("ports", [])]
+        if isinstance(found, TrainSettings) and found.metrics_port is not None:
+            if found.metrics_port not in ports:
+                yield f"{name}: serves metrics on {found.metrics_port}, and declares {ports}"
+            if found.metrics_host is None or is_loopback(found.metrics_host):
+                yield f"{name}: serves metrics where nobody outside the pod can ask"
         if isinstance(found, ServeSettings):
             mounts = [Path(mount["mountPath"]) for mount in container.get("volumeMounts", [])]
             keys = [path for path in (found.api_key_file, found.admin_key_file) if path is not None]
@@ -185,7 +191,6 @@ def settings(manifests: Manifests) -> Iterator[str]:
                 in_volume = any(path.is_relative_to(mount) or mount.is_relative_to(path) for mount in mounts)
                 if not in_volume and not path.is_relative_to(SHARED_IN_IMAGE):
                     yield f"{name}: {path} lies in no volume and is not in the image"
-            ports = [port["containerPort"] for port in container.get("ports", [])]
             if found.port not in ports:
                 yield f"{name}: listens on {found.port}, and declares {ports}"
 

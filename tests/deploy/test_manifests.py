@@ -31,7 +31,8 @@ def test_it_renders_and_nothing_is_found(rendered: dict[str, Manifests], name: s
 
 def test_the_issue_s_components_are_there() -> None:
     wanted = "gpu adapters-pvc adapters-oci adapters-sync autoscaling/hpa autoscaling/keda monitoring network-policy"
-    assert {f"components/{name}" for name in [*wanted.split(), "inference-pool", "train-job"]} <= ALL.keys()
+    wanted += " inference-pool train-job train-job-monitoring"
+    assert {f"components/{name}" for name in wanted.split()} <= ALL.keys()
 
 
 def test_the_declared_adapters_are_read_as_the_sidecar_reads_them() -> None:
@@ -276,6 +277,30 @@ BROKEN: list[tuple[str, str, Break, str]] = [
         "for a server",
     ),
     ("ports", "base", put("Service", "spec.ports.0.targetPort", "web"), "declares no port 'web'"),
+    (
+        "selectors",
+        "components/train-job-monitoring",
+        put("PodMonitor", "spec.selector.matchLabels", {"app.kubernetes.io/name": "adapterd"}),
+        "for a server",
+    ),
+    (
+        "settings",
+        "components/train-job-monitoring",
+        put("Job", f"{FIRST}.ports.0.containerPort", 9000),
+        "serves metrics on 9100, and declares [9000]",
+    ),
+    (
+        "settings",
+        "components/train-job-monitoring",
+        put("Job", f"{FIRST}.env.0.value", "127.0.0.1"),
+        "nobody outside the pod",
+    ),
+    (
+        "ports",
+        "components/train-job-monitoring",
+        put("PodMonitor", "spec.podMetricsEndpoints.0.port", "http"),
+        "no port 'http'",
+    ),
     (
         "ports",
         "components/monitoring",

@@ -1,4 +1,5 @@
-"""A real Prometheus scrapes a daemon under load: every panel's query returns data, and the panels are drawn.
+"""A real Prometheus scrapes a daemon under load and a training run beside it: every panel's query returns data, and
+the panels are drawn.
 
 The picture is written to build/deploy/dashboard.svg and .png, to be looked at.
 """
@@ -20,6 +21,7 @@ import yaml
 from deploy import monitoring, picture
 from tests.deploy.conftest import require
 from tests.serving import served
+from tests.training.runs import measured_run
 
 pytestmark = pytest.mark.deploy
 
@@ -32,11 +34,12 @@ COLON = "metric names should not contain ':'"
 
 
 @contextmanager
-def prometheus(target: str, directory: Path) -> Iterator[str]:
-    """The url of a Prometheus that scrapes `target` every second, with the rules and labels of compose."""
+def prometheus(daemon: str, training: str, directory: Path) -> Iterator[str]:
+    """The url of a Prometheus that scrapes both every second, with the rules and labels of compose."""
     config = yaml.safe_load((monitoring.DEPLOY / "compose" / "prometheus.yaml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    for scrape, target in zip(config["scrape_configs"], (daemon, training), strict=True):
+        scrape["static_configs"][0]["targets"] = [target]
     (directory / "prometheus.yaml").write_text(yaml.safe_dump(config))
     (directory / "rules.yaml").write_text(monitoring.RULES.read_text())
     with socket.socket() as listener:
@@ -102,10 +105,15 @@ def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
     require("prometheus", "promtool", "rsvg-convert")
     # Room for two of the three adapters: they are moved, and one is always missing. Room for some 400 tokens.
     memory = ("--adapter-memory", "4000KiB", "--kv-memory", "1536KiB")
-    with served("--adapters", str(REPOSITORY / "adapters"), *memory) as url:
+    recipe = (str(REPOSITORY / "adapters/moderation/recipe.toml"), "--out", str(tmp_path / "trained"))
+    with (
+        served("--adapters", str(REPOSITORY / "adapters"), *memory) as url,
+        measured_run(*recipe, "--epochs", "1000", "--patience", "1000", log=tmp_path / "train.log") as page,
+    ):
         stop = threading.Event()
         clients = [threading.Thread(target=keep_asking, args=(url, stop, number)) for number in range(4)]
-        with prometheus(url.removeprefix("http://"), tmp_path) as at:
+        training = page.removeprefix("http://").removesuffix("/metrics")
+        with prometheus(url.removeprefix("http://"), training, tmp_path) as at:
             began = time.monotonic()
             for client in clients:
                 client.start()
@@ -113,6 +121,7 @@ def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
             while (empty := panels_without_data(at)) and time.monotonic() < began + DATA_SECONDS:
                 time.sleep(1)
             exposition = httpx.get(f"{url}/metrics").text
+            of_training = httpx.get(page).text
             rules = httpx.get(f"{at}/api/v1/rules").json()["data"]["groups"]
             drawn = picture.svg(at, (time.monotonic() - began) / 60)
             stop.set()
@@ -126,11 +135,12 @@ def test_every_panel_has_data_under_load(tmp_path: Path) -> None:
     assert empty == set()
     assert "no data" not in drawn
     assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
-    checked = subprocess.run(
-        ["promtool", "check", "metrics"], input=exposition, capture_output=True, text=True, check=False
-    )
-    # vLLM's names have a colon, which promtool minds; it may mind nothing else.
-    complaints = [line for line in checked.stderr.splitlines() if line and COLON not in line]
-    assert complaints == []
+    for text in (exposition, of_training):
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+        )
+        # vLLM's names have a colon, which promtool minds; it may mind nothing else.
+        complaints = [line for line in checked.stderr.splitlines() if line and COLON not in line]
+        assert complaints == []
     assert re.search(r'vllm:lora_requests_info\{.*running_lora_adapters="[^"]+', exposition)
     print(json.dumps({"series": sum(not line.startswith("#") for line in exposition.splitlines())}))

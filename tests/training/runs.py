@@ -2,8 +2,16 @@
 
 import csv
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from adapterd.cli import EXIT_STOPPED
 from adapterd.config import TrainSettings
 from adapterd.training.history import METRICS_FILE
 
@@ -28,3 +36,26 @@ def but(settings: TrainSettings, **changes: object) -> TrainSettings:
 def history(directory: Path) -> list[dict[str, str]]:
     with (directory / METRICS_FILE).open() as file:
         return list(csv.DictReader(file))
+
+
+@contextmanager
+def measured_run(*arguments: str, log: Path) -> Iterator[str]:
+    """`adapterd train ARGUMENTS --metrics-port 0` in a process of its own; yields where its metrics are.
+
+    It is stopped as an operator would, and has to be in the midst of its steps then.
+    """
+    command = [sys.executable, "-m", "adapterd", "train", *arguments, "--metrics-port=0"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        deadline = time.monotonic() + 300
+        while (found := re.search(r"http://\S+/metrics", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield found[0]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == EXIT_STOPPED, log.read_text()
+    finally:
+        process.kill()  # harmless once it has left
+        process.wait()
