@@ -30,8 +30,8 @@ MAX_PROCESSES = 4
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `--numprocesses auto` means: one for each processor, but for MAX_PROCESSES."""
-    return min(num_processors(), MAX_PROCESSES)
+    """What `--numprocesses auto` means: one for each processor, or one that has the CUDA device to itself."""
+    return 1 if torch.cuda.is_available() else min(num_processors(), MAX_PROCESSES)
 
 
 @pytest.fixture
