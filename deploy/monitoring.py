@@ -265,9 +265,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Runs",
-                "By what they do now: preparing, training, or proving that a fresh engine answers alike.",
+                "Training runs that are going on.",
                 "short",
-                (("{{state}}", f"sum by (state) (adapterd_training_state{{{RUNS}}})"),),
+                (("runs", f"sum(adapterd_training_state{{{RUNS}}})"),),
                 kind="stat",
             ),
         ),
