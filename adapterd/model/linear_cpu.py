@@ -154,19 +154,14 @@ def use_fastest_linears(model: nn.Module, with_native: bool) -> None:
     choice = _choose([(m.weight, None) for m in plain.values()], with_native)
     if choice is not None:
         for path, linear in plain.items():
-            _replace(model, path, CpuLinear(linear, choice))
+            model.set_submodule(path, CpuLinear(linear, choice))
     whole = {path: m for path, m in model.named_modules() if type(m) is Int8Linear}
     choice = _choose(
         [(m.values, m.scales) for m in whole.values()], with_native, {m.dtype for m in whole.values()}
     )
     if choice is not None:
         for path, int8 in whole.items():
-            _replace(model, path, CpuInt8Linear(int8, choice))
-
-
-def _replace(model: nn.Module, path: str, linear: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, linear)
+            model.set_submodule(path, CpuInt8Linear(int8, choice))
 
 
 Weight = tuple[torch.Tensor, torch.Tensor | None]

@@ -1,5 +1,5 @@
 // The operators of torch.ops.adapterd. Python's side of each, and what it must equal: linear_cpu.py, lora_cpu.py,
-// attention_cpu.py, norm_cpu.py, mlp_cpu.py and layer_cpu.py in the folder above.
+// attention_cpu.py, pointwise_cpu.py and layer_cpu.py in the folder above.
 
 #include "layer.h"
 
