@@ -1,13 +1,17 @@
 """The command line, as a person meets it."""
 
+import argparse
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import adapterd
-from adapterd.cli import EXIT_USAGE, main
+from adapterd.cli import EXIT_USAGE, build_parser, main
 from adapterd.config import COMMANDS, Settings, flag
 
 
@@ -57,7 +61,29 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == EXIT_USAGE
 
 
-@pytest.mark.parametrize("command", ["check", "estimate", "train"])
+def test_a_message_names_no_flag_that_does_not_exist() -> None:
+    known = {option for parser in _parsers(build_parser()) for option in parser._option_string_actions}
+    package = Path(adapterd.__file__).parent
+    named = {
+        (found, path.name)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for found in re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value)
+    }
+    others = {("--portable", "__main__.py"), ("--portable", "__init__.py")}  # of adapterd.model.native
+    assert {(option, path) for option, path in named if option not in known} == others
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _parsers(child)
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "estimate", "train", "eval"])
 def test_help_loads_no_model_library(command: str) -> None:
     code = (
         "import sys, adapterd.cli\n"

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from adapterd.config.serving import EngineSettings
-from adapterd.config.settings import Expressions, Names, Settings
+from adapterd.config.settings import MAP, Expressions, Names, Settings
 
 
 class TaskSettings(Settings):
@@ -15,11 +15,14 @@ class TaskSettings(Settings):
     command: ClassVar[str] = "eval"
 
     data: Path | None = Field(
-        None, description="held-out rows (default: heldout.jsonl in the adapter's folder)"
+        None,
+        description="held-out rows (default: heldout.jsonl in the adapter's folder, else the rows of --train that"
+        " training held back)",
     )
     train: Path | None = Field(
         None, description="training rows to take examples from (default: train.jsonl in the adapter's folder)"
     )
+    map: Names = Field((), description=MAP)
     system_prompt: str | None = Field(
         None, min_length=1, description="system message for the base with a better prompt"
     )

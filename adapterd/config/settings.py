@@ -55,6 +55,7 @@ Sources = Annotated[Names, "SOURCE"]  # what the help calls one of them
 Patterns = Annotated[Names, "PATTERN"]
 Expressions = Annotated[tuple[str, ...], _split("\n"), "REGEX"]
 Device = Literal["auto", "cpu", "cuda"]
+MAP = "what the columns are called: prompt=COLUMN completion=COLUMN system=COLUMN"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 

@@ -6,9 +6,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from adapterd.config.settings import Device, Names, Settings, flag
+from adapterd.config.settings import MAP, Device, Names, Settings, flag
 
-_MAP = "what the columns are called: prompt=COLUMN completion=COLUMN system=COLUMN"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
@@ -26,7 +25,7 @@ class TrainSettings(Settings):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="part of --data held back for early stopping"
     )
-    map: Names = Field((), description=_MAP)
+    map: Names = Field((), description=MAP)
     name: str = Field(pattern=_NAME, description="name of the adapter")
     out: Path | None = Field(
         None,
@@ -133,7 +132,7 @@ class CheckSettings(Settings):
     heldout: Path | None = Field(
         None, description="rows that are never trained on: is any of them in --data?"
     )
-    map: Names = Field((), description=_MAP)
+    map: Names = Field((), description=MAP)
     max_length: int | None = Field(
         None, ge=1, description="longest row in tokens (default: the base's context)"
     )

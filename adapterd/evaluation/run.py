@@ -106,10 +106,11 @@ def evaluate_adapter(
         *prompted,
         Arm("adapter", adapted.model, "adapter", Prompting(), adapted),
     ]
+    notes += task.notes
     if task.num_leaked:
         notes.append(
             f"{task.num_leaked} of the {len(task.rows)} held-out prompts are also training prompts. The adapter's"
-            " result on them proves nothing: keep them apart (adapterd check --against)."
+            " result on them proves nothing: keep them apart (adapterd check --heldout)."
         )
     lease = daemon.registry.lease(adapted.mix)
     try:

@@ -8,9 +8,11 @@ from pathlib import Path
 from adapterd.config import EvalSettings, TaskSettings, load_settings
 from adapterd.errors import ConfigError, InvalidRequest
 from adapterd.evaluation.formats import read_format
+from adapterd.evaluation.held_back import NOTE, find_held_back
 from adapterd.evaluation.scoring import TITLES, Task
 from adapterd.render import Renderer
 from adapterd.training.data import Row, encode_row, fold, read_rows
+from adapterd.training.tables import parse_columns
 
 TASK_FILE = "eval.toml"
 HELDOUT_FILE, TRAIN_FILE = "heldout.jsonl", "train.jsonl"
@@ -33,6 +35,8 @@ class EvalTask:
     max_tokens: int
     num_leaked: int
     """Held-out rows whose prompt is also trained on: their answers prove nothing."""
+    notes: tuple[str, ...] = ()
+    """What the report is to say about the rows."""
 
 
 def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalTask:
@@ -47,13 +51,21 @@ def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalT
     }
     own = folder / TASK_FILE
     wanted = load_settings(TaskSettings, given, {}, own if own.is_file() else None)
+    columns = parse_columns(wanted.map)
     data = wanted.data if wanted.data is not None else folder / HELDOUT_FILE
-    rows = read_rows(data)[: settings.limit]
     train: Sequence[Row] = ()
+    notes: tuple[str, ...] = ()
     if wanted.train is not None:
-        train = read_rows(wanted.train)
+        train = read_rows(wanted.train, columns=columns)
     elif (folder / TRAIN_FILE).is_file():
-        train = read_rows(folder / TRAIN_FILE)
+        train = read_rows(folder / TRAIN_FILE, columns=columns)
+    if wanted.data is None and wanted.train is not None and not data.is_file():
+        data = wanted.train
+        train, rows = find_held_back(folder, data, train)
+        notes = (NOTE,)
+    else:
+        rows = read_rows(data, columns=columns)
+    rows = rows[: settings.limit]
     references = [reference_of(row, renderer) for row in rows]
     form = read_format(wanted.format_regex, wanted.json_schema)
     if form is not None:
@@ -77,6 +89,7 @@ def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalT
         metric=_metric(wanted.metric, task),
         max_tokens=wanted.max_tokens,
         num_leaked=sum(fold(row) in trained for row in rows),
+        notes=notes,
     )
 
 

@@ -1,17 +1,29 @@
 """The model card of a trained adapter: what it was made from, how, and a place for the held-out table."""
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from adapterd.training.curve import CURVE_FILE
+from adapterd.training.recipe import Recipe
 
 CARD_FILE = "README.md"
 RESULTS_BEGIN, RESULTS_END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def model_card(
-    *, name: str, base: str, facts: Sequence[tuple[str, str]], settings: Mapping[str, object], proof: str
+    *,
+    name: str,
+    base: str,
+    facts: Sequence[tuple[str, str]],
+    settings: Mapping[str, object],
+    proof: str,
+    measured_by: str,
 ) -> str:
-    """Markdown with Hugging Face's header. `facts` are the rows of its first table, in order."""
+    """Markdown with Hugging Face's header. `facts` are the rows of its first table, in order.
+
+    measured_by: the command that fills in the results.
+    """
     header = [
         "---",
         f"base_model: {base}",
@@ -41,7 +53,7 @@ def model_card(
             "## Results on held-out rows",
             "",
             RESULTS_BEGIN,
-            f"Not measured yet: `adapterd eval {name} --data HELDOUT.jsonl --write-card` fills this in.",
+            f"Not measured yet: `{measured_by} --write-card` fills this in.",
             RESULTS_END,
             "",
             "## Round trip",
@@ -54,3 +66,23 @@ def model_card(
             "",
         ]
     )
+
+
+def eval_command(folder: str, recipe: Recipe, *, full_paths: bool) -> str:
+    """How an adapter just trained is measured: on the held-out rows, else on those that training held back."""
+    arguments = ["adapterd", "eval", folder]
+    if recipe.base != "mini":
+        arguments += ["--base", recipe.base]
+    if recipe.heldout is None and recipe.validation is not None:
+        arguments += ["--data", "HELDOUT"]
+    for flag, path in (("--data", recipe.heldout), ("--train", recipe.data)):
+        if path is not None:
+            arguments += [flag, _shown(path) if full_paths else path.name]
+    if recipe.map:
+        arguments += ["--map", *recipe.map]
+    return shlex.join(arguments)
+
+
+def _shown(path: Path) -> str:
+    """As a person would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

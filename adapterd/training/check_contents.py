@@ -14,20 +14,21 @@ from adapterd.training.rows import Row
 
 def pattern_findings(rows: Sequence[Row]) -> Iterator[Finding]:
     """Secrets, personal data and damaged encodings, by pattern."""
-    found: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    found: dict[tuple[str, str, bool], dict[int, str]] = defaultdict(dict)
     for row in rows:
         for message in row.messages:
             for match in find_patterns(message_text(message)):
-                found[match.code, match.what].setdefault(row.line, match.shown)
+                found[match.code, match.what, match.is_mended].setdefault(row.line, match.shown)
     hints = {
         "secret": "a model can say again what it has read; --fix drops these rows",
         "personal_data": "a model can say again what it has read; replace it by made-up data if it is real",
-        "encoding": "--fix repairs wrong decoding and leaves out what cannot be seen",
+        "encoding": "--fix leaves it: what was meant is to be had from where the text came from",
     }
-    for (code, what), lines in found.items():
+    for (code, what, is_mended), lines in found.items():
         examples = tuple(f"line {line}: {shown}" for line, shown in list(lines.items())[:MAX_EXAMPLES])
+        hint = "--fix mends it" if is_mended else hints[code]
         level: Level = "note" if code == "personal_data" else "warning"
-        yield Finding(level, code, f"{count(lines)} with {what}", hints[code], tuple(lines), examples)
+        yield Finding(level, code, f"{count(lines)} with {what}", hint, tuple(lines), examples)
 
 
 def fact_findings(rows: Sequence[Row], heldout: Sequence[Row]) -> Iterator[Finding]:

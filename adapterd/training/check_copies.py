@@ -30,7 +30,7 @@ def copy_findings(rows: Sequence[Row], pairs: Sequence[NearPair]) -> Iterator[Fi
         yield Finding(
             "warning",
             "duplicate",
-            f"{count(copies)} that only repeat others",
+            f"{count(copies)} the same as an earlier one",
             "a copy counts twice in training and proves nothing in validation; --fix keeps the first",
             tuple(copies),
             tuple(shown[:MAX_EXAMPLES]),

@@ -52,12 +52,16 @@ _ESCAPE = re.compile(r"(?<!\\)\\(?:n|r|t|u[0-9a-fA-F]{4})(?![A-Za-z\\])")
 
 @dataclass(frozen=True)
 class Match:
-    """`what` says it in words, `code` for programs; `shown` is a piece of the text, never a whole secret."""
+    """`what` says it in words, `code` for programs; `shown` is a piece of the text, never a whole secret.
+
+    is_mended: `repair_text` undoes it.
+    """
 
     kind: Kind
     code: str
     what: str
     shown: str
+    is_mended: bool = False
 
 
 def find_patterns(text: str) -> Iterator[Match]:
@@ -97,16 +101,17 @@ def _damage(text: str) -> Iterator[Match]:
             "encoding",
             "UTF-8 that was read as another encoding",
             f"{_around(text, at)}, which is {_around(repaired, at)}",
+            is_mended=True,
         )
-    for what, pattern in (
-        ("control characters", _CONTROL),
-        ("invisible characters", _INVISIBLE),
-        ("HTML entities", _ENTITY),
-        ("escapes that were never undone", _ESCAPE),
+    for what, pattern, is_mended in (
+        ("control characters", _CONTROL, True),
+        ("invisible characters", _INVISIBLE, True),
+        ("HTML entities", _ENTITY, False),
+        ("escapes that were never undone", _ESCAPE, False),
     ):
         found = pattern.search(text)
         if found:
-            yield Match("encoding", "encoding", what, _around(text, found.start()))
+            yield Match("encoding", "encoding", what, _around(text, found.start()), is_mended)
 
 
 def _around(text: str, at: int) -> str:

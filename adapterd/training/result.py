@@ -11,7 +11,7 @@ import torch
 
 from adapterd.adapter_writer import write_adapter
 from adapterd.render import Renderer
-from adapterd.training.card import CARD_FILE, model_card
+from adapterd.training.card import CARD_FILE, eval_command, model_card
 from adapterd.training.curve import CURVE_FILE, loss_curve
 from adapterd.training.dataset import Dataset
 from adapterd.training.errors import TrainingDiverged
@@ -41,6 +41,7 @@ class Result:
     facts: tuple[tuple[str, str], ...]
     settings: Mapping[str, object]
     notes: Mapping[str, object]
+    measured_by: str
     matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict)
     history: tuple[StepRecord, ...] = ()
@@ -99,6 +100,7 @@ class Result:
                 ),
             ),
             settings=settings,
+            measured_by=eval_command("FOLDER", recipe, full_paths=False),
             notes={
                 "name": recipe.name,
                 "base_revision": revision,
@@ -107,6 +109,8 @@ class Result:
                 "num_rows": dataset.num_rows,
                 "num_validation_rows": dataset.num_validation_rows,
                 "seed": recipe.seed,
+                # By which `adapterd eval` finds the rows that were held back, if they have no file of their own.
+                **({} if recipe.validation else {"split": _split(recipe)}),
                 "learning_rate": plan.learning_rate,
                 "use_rslora": recipe.use_rslora,
                 "trained_on": network.quantization
@@ -228,7 +232,12 @@ def _card(result: Result, proof: RoundTrip) -> str:
         facts=(*result.facts, ("validation loss", curve)),
         settings=settings,
         proof=str(proof),
+        measured_by=result.measured_by,
     )
+
+
+def _split(recipe: Recipe) -> dict[str, float]:
+    return {"fraction": recipe.validation_fraction, "seed": recipe.seed}
 
 
 def _hub_revision(directory: Path) -> str | None:

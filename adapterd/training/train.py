@@ -17,6 +17,7 @@ from adapterd.model.checkpoint import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import epoch_batches
+from adapterd.training.card import eval_command
 from adapterd.training.checkpoints import Checkpoints, only_run
 from adapterd.training.data import Example
 from adapterd.training.dataset import Dataset, read_dataset
@@ -86,6 +87,8 @@ def train(recipe: Recipe, *, stop: threading.Event | None = None) -> Path:
         publish(staged, target, digest=proof.digest, in_place=in_place)
         shutil.rmtree(checkpoints, ignore_errors=True)
     learnt.result.announce(_logger)
+    if not in_place:
+        _logger.info("measure it: %s", eval_command(str(target), recipe, full_paths=True))
     return target
 
 

@@ -1,11 +1,16 @@
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
 from adapterd.config import EvalSettings
 from adapterd.errors import ConfigError, InvalidRequest
+from adapterd.evaluation.held_back import NOTE
 from adapterd.evaluation.task import read_general, read_task
+from adapterd.file_names import SEAL_FILE
 from adapterd.render import Renderer
+from adapterd.training.data import read_rows, split_validation
 from tests.evaluation.folders import row, write_rows
 from tests.tiny import byte_level_tokenizer
 
@@ -40,6 +45,41 @@ def test_a_key_that_is_none_is_refused(folder: Path) -> None:
     (folder / "eval.toml").write_text("shot = 3\n")
     with pytest.raises(ConfigError, match=r"unknown key 'shot' in .*eval.toml; did you mean shots"):
         read_task(folder, EvalSettings(), RENDERER)
+
+
+def test_columns_of_a_table_are_named_as_in_training(folder: Path) -> None:
+    (folder / "rows.csv").write_text("Ticket,Reply\nq1,a\nq2,b\n")
+    names = ("prompt=Ticket", "completion=Reply")
+    task = read_task(folder, EvalSettings(data=folder / "rows.csv", map=names), RENDERER)
+    assert [(row.prompt_text, row.answer) for row in task.rows] == [("q1", "a"), ("q2", "b")]
+    assert len(task.train) == 3  # chat rows need no names
+    with pytest.raises(InvalidRequest, match="no column 'prompt'"):
+        read_task(folder, EvalSettings(data=folder / "rows.csv"), RENDERER)
+
+
+def test_without_held_out_rows_those_are_asked_that_training_held_back(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    data = write_rows(tmp_path / "rows.jsonl", [row(f"{i} is what number?", "ab"[i % 2]) for i in range(30)])
+    told = EvalSettings(train=data)
+    with pytest.raises(
+        ConfigError, match=r"does not say which rows were held back; name held-out rows with --data"
+    ):
+        read_task(mine, told, RENDERER)
+    seal = {
+        "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "split": {"fraction": 0.2, "seed": 3},
+    }
+    (mine / SEAL_FILE).write_text(json.dumps(seal))
+    task = read_task(mine, told, RENDERER)
+    _, held_back = split_validation(read_rows(data), fraction=0.2, seed=3)
+    assert [row.line for row in task.rows] == [row.line for row in held_back]
+    assert {row.line for row in task.train}.isdisjoint(row.line for row in held_back)
+    assert (task.num_leaked, task.notes) == (0, (NOTE,))
+    data.write_text(data.read_text() + "\n")
+    with pytest.raises(ConfigError, match="not the file that it was trained on"):
+        read_task(mine, told, RENDERER)
+    assert read_task(folder, told, RENDERER).notes == ()  # a heldout.jsonl is better
 
 
 def test_a_system_prompt_comes_from_one_place(folder: Path) -> None:

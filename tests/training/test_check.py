@@ -14,6 +14,7 @@ from adapterd.cli import EXIT_ERROR, EXIT_USAGE, main
 from adapterd.render import Renderer
 from adapterd.training.check import Report, check_rows
 from adapterd.training.check_view import as_json, as_text, histogram, wants_colour
+from adapterd.training.fix import write_fixed
 from adapterd.training.rows import read_rows
 from tests.tiny import byte_level_tokenizer
 from tests.training.families import FAMILIES, renderer_of
@@ -338,6 +339,22 @@ def test_mask_shows_exactly_the_tokens_with_loss(tmp_path: Path, capsys: pytest.
     assert text.replace("⟧⟦", "").endswith("assistant\\n\n⟦Category: Shipping<|im_end|>⟧\n")
     assert main(["check", str(path), "--show-mask", "2"]) == EXIT_ERROR
     assert "no usable row stands in line 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "is_mended"),
+    [("the cafÃ© is closed", True), ("the caf\ufffd is closed", False), ("a &amp; b", False)],
+)
+def test_a_damaged_text_is_said_to_be_mended_only_if_it_is(
+    words: str, is_mended: bool, tmp_path: Path, renderer: Renderer
+) -> None:
+    row = chat(words, "Category: Billing\nPriority: Low")
+    report = checked(written(tmp_path / "f", [*good_rows(), row]), renderer)
+    (finding,) = (finding for finding in report.findings if finding.code == "encoding")
+    assert (finding.hint == "--fix mends it") is is_mended
+    write_fixed(tmp_path / "f", tmp_path / "g", drops=report.drops)
+    again = checked(tmp_path / "g", renderer)
+    assert ("encoding" in {finding.code for finding in again.findings}) is not is_mended
 
 
 def test_check_imports_no_torch(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Where an adapter is published, when, and what was proven before."""
 
+import csv
 import json
+import logging
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 
+from adapterd.cli import main
 from adapterd.config import EngineSettings, TrainSettings, load_settings
 from adapterd.daemon import Daemon
 from adapterd.errors import InvalidRequest
@@ -13,6 +17,7 @@ from adapterd.evaluation.report import CARD_BEGIN, CARD_END
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.training.card import CARD_FILE
 from adapterd.training.curve import CURVE_FILE
+from adapterd.training.data import read_rows
 from adapterd.training.errors import RoundTripFailed
 from adapterd.training.history import METRICS_FILE
 from adapterd.training.recipe import output_directory
@@ -38,6 +43,28 @@ def test_trained_in_place_beside_its_recipe(base: Path, tmp_path: Path) -> None:
     train(settings)
     assert (folder / CARD_FILE).read_text() == "by hand"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["support"]
+
+
+def test_what_training_says_to_measure_with_measures_the_rows_that_it_held_back(
+    told: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "tickets.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "reply"])
+        writer.writerows([row.prompt_text, row.answer] for row in read_rows(told.data))
+    mapped = but(told, epochs=0.4, data=table, map=("prompt=question", "completion=reply"))
+    with caplog.at_level(logging.INFO):
+        directory = train(mapped)
+    (command,) = [found for m in caplog.messages if (found := m.removeprefix("measure it: ")) != m]
+    cheap = ["--device", "cpu", "--samples", "0", "--max-tokens", "8", "--shots", "1", "--write-card"]
+    out = tmp_path / "report.json"
+    assert main([*shlex.split(command)[1:], *cheap, "--json-out", str(out)]) == 0
+    (report,) = json.loads(out.read_text())
+    seal = json.loads((directory / SEAL_FILE).read_text())
+    assert report["num_rows"] == seal["num_validation_rows"]
+    assert any("held back from training" in note for note in report["notes"])
+    assert "held-out rows of `tickets.csv`" in (directory / CARD_FILE).read_text()
 
 
 def test_folder_of_the_result(told: TrainSettings, tmp_path: Path) -> None:
