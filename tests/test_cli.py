@@ -69,7 +69,7 @@ def test_a_message_names_no_flag_that_does_not_exist() -> None:
         for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        for found in re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value)
+        for found in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", node.value)
     }
     others = {("--portable", "__main__.py"), ("--portable", "__init__.py")}  # of adapterd.model.native
     assert {(option, path) for option, path in named if option not in known} == others

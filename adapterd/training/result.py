@@ -156,9 +156,11 @@ class Result:
         )
         if self.best_loss >= self.initial_loss:
             logger.warning(
-                "%s: no step was better on the validation rows than the base without an adapter; train longer, or"
-                " on more rows",
+                "%s: no step was better on the validation rows than %s; train longer, or on more rows",
                 self.name,
+                f"the adapter in {start}"
+                if (start := self.settings["warm_start"])
+                else "the base without an adapter",
             )
 
 

@@ -56,7 +56,7 @@ def test_dora_is_trained_and_served_as_it_was_trained(told: TrainSettings, base:
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), directory)
 
 
-def test_warm_start_goes_on_from_an_adapter(told: TrainSettings) -> None:
+def test_warm_start_goes_on_from_an_adapter(told: TrainSettings, caplog: pytest.LogCaptureFixture) -> None:
     first = train(told)
     ended = json.loads((first / SEAL_FILE).read_text())["validation_loss"]
     more = but(told, name="more", warm_start=first, rank=None)
@@ -64,6 +64,8 @@ def test_warm_start_goes_on_from_an_adapter(told: TrainSettings) -> None:
     seal = json.loads((second / SEAL_FILE).read_text())
     assert seal["initial_validation_loss"] == pytest.approx(ended, abs=1e-5)
     assert json.loads((second / CONFIG_FILE).read_text())["r"] == 4
+    train(but(more, learning_rate=1e-30))
+    assert f"no step was better on the validation rows than the adapter in {first}" in caplog.text
     with pytest.raises(InvalidRequest, match=r"rank=8 cannot be changed with --warm-start: .* 4 stays"):
         train(but(more, rank=8))
     with pytest.raises(InvalidRequest, match="target_modules cannot be changed"):
