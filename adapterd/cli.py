@@ -363,5 +363,5 @@ def _configure_logging(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    for noisy in ("uvicorn", "httpx", "asyncio"):
+    for noisy in ("uvicorn", "httpx", "httpx2", "asyncio"):  # the OpenAI client brings httpx2
         logging.getLogger(noisy).setLevel(logging.WARNING)
