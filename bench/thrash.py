@@ -8,7 +8,7 @@ cliff here: a published one goes from 40 ms to 6,278 ms of median time to first 
     python -m bench.models --out OUT --adapters 64                   # 20 MB each, for a base of 0.6 billion
     python -m bench.thrash --models OUT --out thrash.json --svg thrash.svg
 
-The last line of stdout is JSON.
+The last line of stdout is JSON; the exit status is 1 where a request failed.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def svg(points: Sequence[Figures]) -> str:
     body = []
     for number, (title, colour, values) in enumerate(panels):
         base = top + number * (height + gap) + height
-        ys = [base - value / max(values) * (height - 30) for value in values]
+        ys = [base - value / max(values) * (height - 44) for value in values]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
         body.append(f'<text x="8" y="{base - height + 12}" font-size="12">{escape(title)}</text>')
         body.append(f'<line x1="{left}" x2="{width - 20}" y1="{base}" y2="{base}" stroke="#999"/>')
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "points": points,
     }
     emit(result, options.out)
-    return 0
+    return 1 if any(point["num_errors"] for point in points) else 0
 
 
 def num_uploads(url: str) -> float:
