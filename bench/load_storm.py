@@ -2,13 +2,15 @@
 
 The real daemon over HTTP, on the embedded base in float32, with device memory for fewer adapters than are used. Each
 thread makes 1,024 operations on eight names, drawn from a seed, each name having three contents of its own and one
-that all share. Meanwhile four clients ask of adapters that nobody touches, and four of those that come and go.
+that all share. Meanwhile four clients ask of adapters that nobody touches, which are pinned, and four of those that
+come and go, of which half the names find room beside them: once so many are pinned, the rest is refused.
 
 Every answer must be, token for token, PEFT's own greedy answer with the version that its digest header names, and that
-version must be one of the name's; adapters that come and go may also be missing (404, 409, 429). Every request must
-end in time, and none with another error. After everything was unloaded the daemon must hold what it held before:
-bytes of adapters on the device and on the host, blocks of keys and values, sequences that run or wait; before that,
-what was pinned last must be on the device.
+version must be one of the name's; adapters that come and go may also be missing (404, 409), or find all memory pinned
+(429, which must say so and when to come back, and must have been met by requests and by pins). Every request must end
+in time, and none with another error. After everything was unloaded the daemon must hold what it held before: bytes of
+adapters on the device and on the host, blocks of keys and values, sequences that run or wait; before that, what was
+pinned last must be on the device as far as there is room.
 
     python -m bench.load_storm --threads 32 --operations 1024 --seed 0 --out storm.json
 
@@ -31,7 +33,7 @@ import adapterd as package
 from bench.daemon import adapterd, metric
 from bench.models import SHAPES, lora_linears, make_adapter
 from bench.report import Figures, emit, machine
-from bench.storm_threads import ALIASES, Asker, Operator, Outcome, ask, wrong_answer, wrong_outcome
+from bench.storm_threads import ALIASES, Asked, Asker, Operator, Outcome, ask, wrong_answer, wrong_outcome
 from bench.target import running
 from bench.update_storm import Reference
 from bench.workload import token_prompt
@@ -44,10 +46,10 @@ OUTPUT_TOKENS = 12
 PROMPT = token_prompt(12, range(300, 2000), "load-storm")
 """One for all: keys and values that one version left behind are there for another to take, if it could."""
 
-DEVICE_BYTES = 12 * 153_600
+DEVICE_BYTES = 153_600
 HOST_BYTES = 20 * 57_344
-"""Of 29 contents neither holds all; what eight pinned names leave on the device is enough for the four steady ones.
-One takes 57,344 bytes on the host, in bfloat16 as it is on disk, and pages of 153,600 on the device."""
+"""Device memory of one adapter, pages of 153,600 bytes; host memory for twenty, each 57,344 bytes in bfloat16 as it is
+on disk. Of 29 contents neither tier holds all."""
 
 CUT_SHARE = 0.2
 MAX_SECONDS = 60.0
@@ -121,14 +123,20 @@ def references_of(client: httpx.Client, contents: Contents, base: Path) -> dict[
     return found
 
 
-def lost_pins(client: httpx.Client) -> list[str]:
-    """Pinned names whose current version does not come to be in device memory; there is room for all."""
+def lost_pins(client: httpx.Client, num_rooms: int) -> list[str]:
+    """What is wrong with the pins: versions that pinned names mean do not come to be in device memory, though it has
+    room for as many. Two that shared one and parted may be one too many: then as many as fit must be there."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         cards = client.get("/v1/adapters").raise_for_status().json()["data"]
-        lost = [card["name"] for card in cards if card["pinned"] and card["tier"] != "device"]
-        if not lost or time.monotonic() > deadline:
-            return [f"{name} is pinned and not in device memory" for name in lost]
+        pinned = {card["digest"]: card["tier"] for card in cards if card["pinned"]}
+        num_there = sum(tier == "device" for tier in pinned.values())
+        if num_there == min(len(pinned), num_rooms):
+            return []
+        if time.monotonic() > deadline:
+            return [
+                f"of {len(pinned)} pinned versions {num_there} are in device memory, which holds {num_rooms}"
+            ]
         time.sleep(0.2)
 
 
@@ -139,6 +147,21 @@ def unload_all(client: httpx.Client, names: Iterable[str]) -> list[str]:
         response = client.delete(f"/v1/adapters/{name}", params={"deadline_seconds": SETTLE_SECONDS})
         if response.status_code not in (200, 404):
             wrong.append(f"the last unload of {name}: HTTP {response.status_code}: {response.text[:300]}")
+    return wrong
+
+
+def pin_all(client: httpx.Client, names: Iterable[str]) -> None:
+    for name in names:
+        client.post(f"/v1/adapters/{name}/pin", json={}).raise_for_status()
+
+
+def missing_refusals(outcomes: Sequence[Outcome], asked: Sequence[Asked]) -> list[str]:
+    """Which of those who must have met memory full of pinned adapters did not."""
+    wrong = []
+    if not any(outcome.status == 429 for outcome in outcomes):
+        wrong.append("no pin was refused, and more names were pinned than there was room for")
+    if not any(one.status == 429 for one in asked):
+        wrong.append("no request was refused while pinned adapters took all memory")
     return wrong
 
 
@@ -199,6 +222,7 @@ def storm(
 def measure(options: argparse.Namespace) -> Figures:
     base = Path(package.__file__).parent / "mini"
     found_machine = machine()
+    num_rooms = len(STEADY) + options.names // 2
     with tempfile.TemporaryDirectory() as scratch:
         served, made = Path(scratch) / "adapters", Path(scratch) / "contents"
         contents = make_contents(made, served, options.names)
@@ -206,7 +230,7 @@ def measure(options: argparse.Namespace) -> Figures:
             Path("mini"),
             served,
             "--dtype=float32",
-            f"--adapter-memory={DEVICE_BYTES}",
+            f"--adapter-memory={num_rooms * DEVICE_BYTES}",
             f"--host-memory={HOST_BYTES}",
             "--kv-memory=64MiB",
             f"--state={Path(scratch) / 'state'}",
@@ -217,11 +241,12 @@ def measure(options: argparse.Namespace) -> Figures:
         with running(target, 600.0), httpx.Client(base_url=target.url, timeout=MAX_SECONDS) as client:
             references = references_of(client, contents, base)
             wrong = unload_all(client, contents.touched)
+            pin_all(client, STEADY)
             before, rss = balance(client, target.url), metric(target.url, "process_resident_memory_bytes")
             began = time.perf_counter()
             operators, steady, touched, quarters = storm(target.url, contents, options)
             seconds = time.perf_counter() - began
-            wrong += lost_pins(client) + unload_all(client, contents.touched)
+            wrong += lost_pins(client, num_rooms) + unload_all(client, contents.touched)
             after = settled_balance(client, target.url, before)
             last = [ask(client, name, PROMPT, OUTPUT_TOKENS, cut=False) for name in STEADY]
             rss_after = metric(target.url, "process_resident_memory_bytes")
@@ -235,7 +260,7 @@ def measure(options: argparse.Namespace) -> Figures:
         for asked in all_asked:
             text = wrong_answer(asked, references[asked.name], MAX_SECONDS, may_be_gone=may_be_gone)
             wrong += [] if text is None else [text]
-    wrong += unbalanced(before, after)
+    wrong += missing_refusals(outcomes, of_touched) + unbalanced(before, after)
     wrong += [] if is_ready else ["the daemon is not ready after it all"]
     return {
         "bench": "load_storm",
@@ -243,9 +268,14 @@ def measure(options: argparse.Namespace) -> Figures:
         "threads": options.threads,
         "operations_each": options.operations,
         "names": options.names,
+        "adapters_that_fit": num_rooms,
         "seed": options.seed,
         "storm_seconds": seconds,
         "operations": statuses_by_kind(outcomes),
+        "refused_for_room": {
+            "pins": sum(outcome.status == 429 for outcome in outcomes),
+            "requests": sum(asked.status == 429 for asked in of_touched),
+        },
         "answers_of_the_steady": len(of_steady),
         "answers_of_the_touched": dict(sorted(Counter(str(asked.status) for asked in of_touched).items())),
         "versions_answered": len({(asked.name, asked.digest) for asked in of_touched if asked.digest}),

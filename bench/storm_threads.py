@@ -52,6 +52,7 @@ class Outcome:
     status: int
     text: str
     seconds: float
+    retry_after: str | None = None
 
 
 @dataclass
@@ -65,6 +66,16 @@ class Asked:
     token_ids: list[int] = field(default_factory=list)
     error: str | None = None
     seconds: float = 0.0
+    retry_after: str | None = None
+
+
+def wrong_refusal(status: int, text: str, retry_after: str | None) -> str | None:
+    """What must not be about a 429; None if all is well. No room is said with when to come back, and why."""
+    if status != 429:
+        return None
+    if retry_after is None or not retry_after.isdecimal() or int(retry_after) < 1:
+        return f"a 429 with Retry-After {retry_after}: {text}"
+    return None if "pinned adapters take" in text else f"a 429 for another reason than pins: {text}"
 
 
 def wrong_outcome(outcome: Outcome, max_seconds: float) -> str | None:
@@ -72,6 +83,9 @@ def wrong_outcome(outcome: Outcome, max_seconds: float) -> str | None:
     refused = outcome.status == 400 and any(part in outcome.text for part in _REFUSALS)
     if outcome.status not in _CLEAN and not refused:
         return f"{outcome.kind} {outcome.name}: HTTP {outcome.status}: {outcome.text}"
+    refusal = wrong_refusal(outcome.status, outcome.text, outcome.retry_after)
+    if refusal is not None:
+        return f"{outcome.kind} {outcome.name}: {refusal}"
     if outcome.seconds > max_seconds:
         return f"{outcome.kind} {outcome.name} took {outcome.seconds:.1f} s"
     return None
@@ -85,8 +99,10 @@ def wrong_answer(
     references: digest -> the answer of that version, for every version that the name ever means.
     """
     if asked.status != 200:
-        is_clean = may_be_gone and asked.status in _CLEAN
-        return None if is_clean else f"{asked.name}: HTTP {asked.status}: {asked.error}"
+        if not may_be_gone or asked.status not in _CLEAN:
+            return f"{asked.name}: HTTP {asked.status}: {asked.error}"
+        refusal = wrong_refusal(asked.status, asked.error or "", asked.retry_after)
+        return None if refusal is None else f"{asked.name}: {refusal}"
     if asked.error is not None:
         return f"{asked.name}: in the stream: {asked.error}"
     if asked.digest not in references:
@@ -120,6 +136,7 @@ def ask(client: httpx.Client, model: str, prompt: Sequence[int], num_tokens: int
                 _read_answer(response, asked)
             else:
                 asked.error = response.read().decode()[:300]
+                asked.retry_after = response.headers.get("retry-after")
     except httpx.HTTPError as error:
         asked.status, asked.error = 0, f"{type(error).__name__}: {error}"
     asked.seconds = time.perf_counter() - began
@@ -203,12 +220,14 @@ class Operator(threading.Thread):
     def _change(self, kind: str, name: str) -> Outcome:
         method, path, body = self._call(kind, name)
         began = time.perf_counter()
+        retry_after: str | None = None
         try:
             response = self._client.request(method, path, json=body)
             status, text = response.status_code, response.text[:300]
+            retry_after = response.headers.get("retry-after")
         except httpx.HTTPError as error:
             status, text = 0, f"{type(error).__name__}: {error}"
-        return Outcome(kind, name, status, text, time.perf_counter() - began)
+        return Outcome(kind, name, status, text, time.perf_counter() - began, retry_after)
 
     def _call(self, kind: str, name: str) -> tuple[str, str, dict[str, Any] | None]:
         """(method, path, body) of one operation."""

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.load_storm import main, unbalanced
+from bench.load_storm import main, missing_refusals, unbalanced
 from bench.storm_threads import CHANGES, Asked, Outcome, wrong_answer, wrong_outcome
 
 REFERENCES = {"one": [1, 2, 3], "two": [4, 5, 6]}
+NO_ROOM = "no adapter memory for 'a': 1.0 MiB are needed, and pinned adapters take 2.0 MiB of 2.0 MiB"
 RIGHT = Asked("a", status=200, digest="two", token_ids=[4, 5, 6], seconds=1.0)
 
 
@@ -41,11 +42,42 @@ def test_an_answer_must_be_one_versions_whole_and_in_time(
             raise AssertionError(said)
 
 
-@pytest.mark.parametrize("status", [404, 409, 429])
-def test_only_what_comes_and_goes_may_be_missing(status: int) -> None:
-    asked = Asked("a", status=status, error="not here")
+@pytest.mark.parametrize(
+    ("status", "error", "retry_after"),
+    [(404, "not here", None), (409, "not here", None), (429, NO_ROOM, "10")],
+)
+def test_only_what_comes_and_goes_may_be_missing(status: int, error: str, retry_after: str | None) -> None:
+    asked = Asked("a", status=status, error=error, retry_after=retry_after)
     assert wrong_answer(asked, REFERENCES, 60.0, may_be_gone=True) is None
-    assert wrong_answer(asked, REFERENCES, 60.0, may_be_gone=False) == f"a: HTTP {status}: not here"
+    assert wrong_answer(asked, REFERENCES, 60.0, may_be_gone=False) == f"a: HTTP {status}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("text", "retry_after", "complaint"),
+    [
+        (NO_ROOM, "10", None),
+        (NO_ROOM, None, "Retry-After None"),
+        (NO_ROOM, "0", "Retry-After 0"),
+        (NO_ROOM, "soon", "Retry-After soon"),
+        ("the queue is full", "1", "for another reason than pins: the queue is full"),
+    ],
+)
+def test_no_room_is_said_with_its_reason_and_when_to_come_back(
+    text: str, retry_after: str | None, complaint: str | None
+) -> None:
+    asked = Asked("a", status=429, error=text, retry_after=retry_after)
+    said = (
+        wrong_answer(asked, REFERENCES, 60.0, may_be_gone=True),
+        wrong_outcome(Outcome("pin", "a", 429, text, 1.0, retry_after), 60.0),
+    )
+    assert said == (None, None) if complaint is None else all(complaint in (one or "") for one in said)
+
+
+def test_a_storm_in_which_nobody_was_refused_has_shown_too_little() -> None:
+    refused, done = Outcome("pin", "a", 429, NO_ROOM, 1.0, "10"), Outcome("pin", "a", 200, "", 1.0)
+    asked = Asked("a", status=429, error=NO_ROOM, retry_after="10")
+    assert missing_refusals([done, refused], [RIGHT, asked]) == []
+    assert len(missing_refusals([done], [asked])) == len(missing_refusals([refused], [RIGHT])) == 1
 
 
 @pytest.mark.parametrize(
@@ -85,4 +117,5 @@ def test_a_short_storm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert sum(sum(counts.values()) for counts in result["operations"].values()) == 4 * 30
     assert result["answers_of_the_steady"] > 4
     assert result["answers_of_the_touched"]["200"] > 0
+    assert min(result["refused_for_room"].values()) > 0
     assert result["after"] == result["before"]
