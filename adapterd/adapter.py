@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,10 +29,11 @@ from adapterd.deltas import (
 )
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from adapterd.peft_config import parse_json_object, parse_peft_config
+from adapterd.peaks import peak_of
+from adapterd.peft_config import parse_json_object
 from adapterd.peft_deltas import BaseWeights, Deltas, make_deltas
 from adapterd.peft_proof import AdapterProver
-from adapterd.peft_targets import PREFIX, ExpectedTensor, Targets, expected_tensors, find_targets
+from adapterd.peft_targets import PREFIX, ExpectedTensor, Layouts, Targets
 from adapterd.proof import Proof
 from adapterd.sidecars import Sidecars, read_sidecars
 from adapterd.sources.source import NO_HASHES, Hashes
@@ -87,6 +89,7 @@ def read_adapter(
     hashes: Hashes = NO_HASHES,
     base_weights: BaseWeights | None = None,
     prover: AdapterProver | None = None,
+    layouts: Layouts | None = None,
 ) -> Adapter:
     """Read the PEFT directory at `directory` for the base `spec`; raises AdapterRefused.
 
@@ -95,30 +98,29 @@ def read_adapter(
     with the one an adapterd.json holds, if both are there. `hashes` are those that somebody declared; if they
     are more than the weights', no other file may be there. `base_weights` gives the base's tensors to what
     cannot be understood without them (DoRA, trained biases); such adapters are refused where there are none.
-    `prover` compares each module with PEFT's own layer.
+    `prover` compares each module with PEFT's own layer. `layouts` remembers what configurations ask of this base.
     """
     files = AdapterFiles(directory, root=root, adapter=name, hashes=hashes)
     files.refuse_pickles()
     config_bytes = files.read(CONFIG_FILE)
     if config_bytes is None:
         raise AdapterRefused(f"adapter {name!r}: {directory} has no {CONFIG_FILE}, so it is no PEFT adapter")
-    config = parse_peft_config(config_bytes, adapter=name)
+    layout = (Layouts(spec) if layouts is None else layouts).of(config_bytes, adapter=name)
+    config, targets = layout.config, layout.targets
     weights_path = files.path(WEIGHTS_FILE)
     if weights_path is None:
         raise AdapterRefused(f"adapter {name!r}: {directory} has no {WEIGHTS_FILE}")
-    targets = find_targets(config, spec, adapter=name)
-    expected = expected_tensors(targets, config, spec)
     tensors, weights_digest = read_tensors(
         weights_path,
         adapter=name,
-        check=lambda entries: _check_entries(entries, expected, targets, spec, name),
+        check=lambda entries: _check_entries(entries, layout.expected, targets, spec, name),
     )
     files.check(WEIGHTS_FILE, weights_digest)
     digests = {CONFIG_FILE: hashlib.sha256(config_bytes).hexdigest(), WEIGHTS_FILE: weights_digest}
     base_match = check_seal(files.read(SEAL_FILE), digests, base_fingerprint, spec, name)
-    _check_values(tensors, name)
+    peak = _check_values(tensors, name)
     deltas = make_deltas(tensors, targets, config, spec, base_weights, adapter=name)
-    _check_strength(deltas, spec, name)
+    _check_strength(deltas, tensors, peak, spec, name)
     sidecars = read_sidecars(files.read, spec=spec, tokenizer=tokenizer, adapter=name)
     has_effect = _has_effect(deltas)
     if not has_effect:
@@ -235,17 +237,29 @@ def _why_unexpected(name: str, targets: Targets, spec: BaseSpec) -> str:
     return f"tensor {name!r} is not named as PEFT names it: {PREFIX}MODULE.lora_A.weight"
 
 
-def _check_values(tensors: Mapping[str, torch.Tensor], adapter: str) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterRefused(f"adapter {adapter!r}: {name!r} holds NaN or infinity")
+def _check_values(tensors: Mapping[str, torch.Tensor], adapter: str) -> float:
+    """The largest value of the file."""
+    peak = peak_of(tensors.values())
+    if not isfinite(peak):
+        name = next(name for name, tensor in tensors.items() if not isfinite(peak_of([tensor])))
+        raise AdapterRefused(f"adapter {adapter!r}: {name!r} holds NaN or infinity")
+    return peak
 
 
-def _check_strength(deltas: Deltas, spec: BaseSpec, adapter: str) -> None:
-    """Nothing that the base's compute type cannot hold."""
+def _check_strength(
+    deltas: Deltas, tensors: Mapping[str, torch.Tensor], peak: float, spec: BaseSpec, adapter: str
+) -> None:
+    """Nothing that the base's compute type cannot hold. `peak` is the largest value of the file's `tensors`."""
     largest = torch.finfo(getattr(torch, spec.dtype)).max
-    for delta in (*deltas.modules, *deltas.edits):
-        peaks = [float(tensor.abs().max()) for tensor in tensors_of(delta)]
+    everything = (*deltas.modules, *deltas.edits)
+    of_the_file = {id(tensor) for tensor in tensors.values()}
+    made = [t for delta in everything for t in tensors_of(delta) if id(t) not in of_the_file]
+    peak = max(peak, peak_of(made))
+    strength = max((abs(delta.scale) * delta.rank for delta in _factors(deltas)), default=0.0)
+    if max(peak, strength, strength * peak * peak) <= largest:
+        return  # nearly always: no module alone can reach beyond what all of them together do not
+    for delta in everything:
+        peaks = [peak_of([tensor]) for tensor in tensors_of(delta)]
         if isinstance(delta, LoraMatrices | EmbeddingMatrices | ExpertMatrices):
             peaks += [abs(delta.scale), peaks[0] * peaks[1] * delta.rank * abs(delta.scale)]
         if not max(peaks) <= largest:
@@ -304,5 +318,6 @@ def _described(tensor: torch.Tensor) -> list[object]:
     return [str(tensor.dtype), list(tensor.shape)]
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Uncopied, in the order of the elements."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

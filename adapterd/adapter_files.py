@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,12 +36,16 @@ class AdapterFiles:
     def path(self, name: str) -> Path | None:
         """Where `name` really is; None if there is no such file."""
         file = self._directory / name
-        if not os.path.lexists(file):
+        try:
+            is_link = stat.S_ISLNK(os.lstat(file).st_mode)
+        except OSError:
             return None
         if lists_files(self._hashes) and name not in self._hashes:
             raise AdapterRefused(
                 f"adapter {self._adapter!r}: {name} is there, and it is not among the files whose sha256 was declared"
             )
+        if not is_link:
+            return file
         try:
             resolved = file.resolve(strict=True)
         except (OSError, RuntimeError) as error:

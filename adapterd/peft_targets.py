@@ -4,17 +4,20 @@ Shapes and names only. PEFT decides by name; each rule here says which of its fu
 """
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from adapterd.core import BaseModules, BaseSpec
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE
-from adapterd.peft_config import PeftConfig
+from adapterd.peft_config import PeftConfig, parse_peft_config
 
 PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """The names by which PEFT knows embeddings when it ties adapters (its EMBEDDING_LAYER_NAMES)."""
+_MAX_LAYOUTS = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,42 @@ class ExpectedTensor:
     shape: tuple[int, ...]
     rank: int | None = None
     is_required: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A configuration, what it changes in one base, and every tensor that PEFT would read for it."""
+
+    config: PeftConfig
+    targets: Targets
+    expected: Mapping[str, ExpectedTensor]
+
+
+class Layouts:
+    """Layouts for one base. Adapters of one kind have one configuration, byte for byte, and it is worked out once.
+
+    Callable from any thread.
+    """
+
+    def __init__(self, spec: BaseSpec) -> None:
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, Layout] = OrderedDict()
+
+    def of(self, config_bytes: bytes, *, adapter: str) -> Layout:
+        """Raises AdapterRefused, naming `adapter` and the field, for what cannot be applied."""
+        with self._lock:
+            layout = self._known.get(config_bytes)
+        if layout is None:
+            config = parse_peft_config(config_bytes, adapter=adapter)
+            targets = find_targets(config, self._spec, adapter=adapter)
+            layout = Layout(config, targets, expected_tensors(targets, config, self._spec))
+        with self._lock:
+            self._known[config_bytes] = layout
+            self._known.move_to_end(config_bytes)
+            if len(self._known) > _MAX_LAYOUTS:
+                self._known.popitem(last=False)
+        return layout
 
 
 Refuse = Callable[[str], AdapterRefused]

@@ -19,6 +19,7 @@ from adapterd.model_name import shown
 from adapterd.names import Version
 from adapterd.peft_deltas import BaseWeights
 from adapterd.peft_proof import AdapterProver
+from adapterd.peft_targets import Layouts
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.source import NO_HASHES, Hashes, Source, parse_source
@@ -77,6 +78,7 @@ class AdapterReader:
         self._base_fingerprint = base_fingerprint
         self._base_weights = base_weights
         self._prover = AdapterProver(spec)
+        self._layouts = Layouts(spec)
         self._check = check
         self._events: AdapterEvents = Unobserved() if events is None else events
         self._lock = threading.Lock()
@@ -134,6 +136,7 @@ class AdapterReader:
             hashes=hashes,
             base_weights=self._base_weights,
             prover=self._prover,
+            layouts=self._layouts,
         )
         self._check(adapter)
         seconds = time.monotonic() - began

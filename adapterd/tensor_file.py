@@ -61,12 +61,13 @@ def read_tensors(
             raise _broken(path, adapter, "it changed while it was read")
     digest = hashlib.sha256(prefix + header)
     digest.update(data)
-    tensors = {}
-    for entry in entries:
-        count = (entry.end - entry.start) // entry.dtype.itemsize
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
-        # Copied, so that every tensor is aligned and owns its memory: the header's length may be odd.
-        tensors[entry.name] = flat.clone().view(entry.dtype)[:count].reshape(entry.shape)
+    sizes = [entry.end - entry.start for entry in entries]
+    pieces = torch.frombuffer(data, dtype=torch.uint8).split_with_sizes(sizes) if data else ()
+    # Copied, so that each owns its memory: of some files little is kept.
+    tensors = {
+        entry.name: piece.clone().view(entry.dtype).reshape(entry.shape)
+        for entry, piece in zip(entries, pieces, strict=True)
+    }
     return tensors, digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import BaseSpec
 from adapterd.errors import AdapterRefused
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
+from adapterd.peft_targets import Layouts
 from adapterd.render import Renderer
 from adapterd.token_table import TokenizerIdentity
 from tests.tiny import byte_level_tokenizer, spec_of, tiny_llama
@@ -245,6 +246,41 @@ def test_values_beyond_the_compute_type_are_refused(
     half = BaseSpec(**{**spec.__dict__, "dtype": "float16"})
     with pytest.raises(AdapterRefused, match="beyond float16"):
         read(written, spec=half)
+
+
+def test_strength_is_judged_module_by_module(
+    written: Path, spec: BaseSpec, read: Callable[..., Adapter]
+) -> None:
+    """Large values in one module and a large scale in another do not meet."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.fill_(50.0 if name.startswith(Q0) else 1e-3)
+
+    with_tensors(written, change)
+    edited(written, alpha_pattern={"k_proj": 20_000})
+    half = BaseSpec(**{**spec.__dict__, "dtype": "float16"})
+    assert read(written, spec=half)
+    edited(written, alpha_pattern={"q_proj": 20_000})
+    with pytest.raises(
+        AdapterRefused, match=r"'model\.layers\.0\.self_attn\.q_proj' reaches values beyond float16"
+    ):
+        read(written, spec=half)
+
+
+def test_a_configuration_is_worked_out_once_and_refused_by_every_adapters_own_name(
+    written: Path, spec: BaseSpec
+) -> None:
+    layouts = Layouts(spec)
+    data = (written / "adapter_config.json").read_bytes()
+    assert layouts.of(data, adapter="a") is layouts.of(data, adapter="b")
+    edited(written, target_modules=["nowhere"], trainable_token_indices=[5])
+    refused = (written / "adapter_config.json").read_bytes()
+    for name in ("a", "b"):
+        with pytest.raises(
+            AdapterRefused, match=f"adapter '{name}': .*trainable_token_indices: this base's embedding"
+        ):
+            layouts.of(refused, adapter=name)
 
 
 def test_other_base_is_refused(tmp_path: Path, written: Path, read: Callable[..., Adapter]) -> None:
