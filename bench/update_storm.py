@@ -1,10 +1,11 @@
 """One adapter updated ten times a second while others answer: is any answer stale or mixed, and does anyone notice?
 
 Four adapters under constant traffic, over HTTP, against the real daemon in float32. First without updates; then one of
-them is given new content every 100 ms (`POST /v1/adapters/NAME`, each a folder of other weights), 1,000 times. Every
+them is given new content every 100 ms (`POST /v1/adapters`, each a folder of other weights), 1,000 times; then without
+updates again, so that a machine that grows slower or faster by itself does so on both sides of the comparison. Every
 answer of the updated adapter must be, token for token, PEFT's own greedy answer with the version that its digest
 header names; that version must have been current at some moment between sending the request and its first byte. The
-other three must give their one answer throughout, and their inter-token latency is compared with that before.
+other three must give their one answer throughout, and their inter-token latency is compared with that without.
 
     python -m bench.models --out OUT --shape qwen3-0.2b --adapters 2000 --ranks 8 --targets q_proj,v_proj
     python -m bench.update_storm --models OUT --out storm.json
@@ -120,12 +121,12 @@ async def publish(client: httpx.AsyncClient, folder: Path) -> Update:
 async def storm(
     url: str, versions: Sequence[Path], options: argparse.Namespace
 ) -> tuple[Any, Any, list[Update]]:
-    """(answers without updates, answers with them, the updates)."""
+    """(answers without updates, before and after, answers with them, the updates)."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         updates = [await publish(client, versions[0])]
         runs: list[list[Answer]] = []
-        for with_updates in (False, True):
+        for with_updates in (False, True, False):
             answers: list[Answer] = []
             stop = asyncio.Event()
             tasks = [
@@ -142,11 +143,11 @@ async def storm(
                     await asyncio.sleep(max(due - time.perf_counter(), 0))
                     updates.append(await publish(client, folder))
             else:
-                await asyncio.sleep(options.seconds_before)
+                await asyncio.sleep(options.seconds_without / 2)
             stop.set()
             await asyncio.gather(*tasks)
             runs.append(answers)
-    return runs[0], runs[1], updates
+    return [*runs[0], *runs[2]], runs[1], updates
 
 
 def check_versions(answers: Sequence[Answer], updates: Sequence[Update]) -> list[str]:
@@ -201,16 +202,16 @@ class Reference:
         return ids
 
 
-def figures(before: Sequence[Answer], during: Sequence[Answer], updates: Sequence[Update]) -> dict[str, Any]:
+def figures(without: Sequence[Answer], during: Sequence[Answer], updates: Sequence[Update]) -> dict[str, Any]:
     """What was seen, but for whether the tokens were right."""
 
     def gaps(answers: Sequence[Answer]) -> list[float]:
         return [gap for answer in answers if answer.name != UPDATED for gap in answer.gaps]
 
     known = {update.digest for update in updates}
-    stale = check_versions([*before, *during], updates)
+    stale = check_versions([*without, *during], updates)
     unknown = [
-        a for a in (*before, *during) if a.name == UPDATED and a.error is None and a.digest not in known
+        a for a in (*without, *during) if a.name == UPDATED and a.error is None and a.digest not in known
     ]
     return {
         "updates": len(updates) - 1,
@@ -219,12 +220,12 @@ def figures(before: Sequence[Answer], during: Sequence[Answer], updates: Sequenc
         "answers_of_the_updated": sum(answer.name == UPDATED for answer in during),
         "versions_answered": len({answer.digest for answer in during if answer.name == UPDATED}),
         "answers_of_the_others": sum(answer.name != UPDATED for answer in during),
-        "errors": sorted({answer.error for answer in (*before, *during) if answer.error is not None}),
+        "errors": sorted({answer.error for answer in (*without, *during) if answer.error is not None}),
         "num_stale": len(stale) + len(unknown),
         "stale": stale[:5],
-        "others_itl_before": spread(gaps(before)),
+        "others_itl_without": spread(gaps(without)),
         "others_itl_during": spread(gaps(during)),
-        "others_itl_p99_ratio": percentile(gaps(during), 99) / percentile(gaps(before), 99),
+        "others_itl_p99_ratio": percentile(gaps(during), 99) / percentile(gaps(without), 99),
     }
 
 
@@ -251,23 +252,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"--allow-source={made.resolve()}",
         )
         with running(target, 600.0) as server:
-            before, during, updates = asyncio.run(storm(target.url, versions, options))
+            without, during, updates = asyncio.run(storm(target.url, versions, options))
             resident = metric(target.url, "adapterd_adapter_resident_bytes")
             peak = server.memory.peak_rss_bytes
     folders = {f"{UPDATED} {update.digest}": update.folder.name for update in updates}
     folders |= {
-        f"{a.name} {a.digest}": steady[a.name].name for a in before if a.name != UPDATED and not a.error
+        f"{a.name} {a.digest}": steady[a.name].name for a in without if a.name != UPDATED and not a.error
     }
     answers = [
         [answer.name, answer.digest, answer.token_ids]
-        for answer in (*before, *during)
+        for answer in (*without, *during)
         if answer.error is None
     ]
     return {
         "bench": "update_storm",
         "machine": machine(),
         "interval_seconds": options.interval,
-        **figures(before, during, updates),
+        **figures(without, during, updates),
         "adapter_resident_bytes_after": resident,
         "peak_rss_bytes": peak,
         "unchecked": {"folders": folders, "answers": answers},
@@ -308,7 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters-in", default="adapters", help="their directory below it")
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--interval", type=float, default=0.1, help="seconds between updates")
-    parser.add_argument("--seconds-before", type=float, default=60.0, help="traffic without updates")
+    parser.add_argument(
+        "--seconds-without",
+        type=float,
+        default=100.0,
+        help="traffic without updates, half before and half after",
+    )
     parser.add_argument("--output-tokens", type=int, default=64, help="of an answer of the other three")
     parser.add_argument("--short-tokens", type=int, default=8, help="of an answer of the updated one")
     parser.add_argument(

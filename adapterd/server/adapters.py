@@ -4,8 +4,6 @@ Controllers of several projects call vLLM's and read the status, the sentence, o
 error, where older versions of vLLM had it; so errors carry it in both places.
 """
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -24,6 +22,7 @@ from adapterd.server.validation import validate
 
 class VllmAdapters:
     def __init__(self, state: ServerState) -> None:
+        self._state = state
         self._registry = state.daemon.registry
 
     async def load(self, request: Request) -> Response:
@@ -32,8 +31,8 @@ class VllmAdapters:
         if not body.lora_name or not body.lora_path:
             return _refuse(400, "Both 'lora_name' and 'lora_path' must be provided.")
         try:
-            await asyncio.to_thread(
-                self._registry.load, body.lora_name, body.lora_path, inplace=body.load_inplace
+            await self._state.changes.run(
+                lambda: self._registry.load(body.lora_name, body.lora_path, inplace=body.load_inplace)
             )
         except Conflict as error:
             return _refuse(
@@ -52,7 +51,7 @@ class VllmAdapters:
         if not body.lora_name:
             return _refuse(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
         try:
-            await asyncio.to_thread(self._registry.unload, body.lora_name)
+            await self._state.changes.run(lambda: self._registry.unload(body.lora_name))
         except ModelNotFound:
             return _refuse(404, f"The lora adapter '{body.lora_name}' cannot be found.")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -62,15 +61,18 @@ class SglangAdapters:
     """SGLang's answer is JSON with `success`, and with what is loaded by then."""
 
     def __init__(self, state: ServerState) -> None:
+        self._state = state
         self._registry = state.daemon.registry
 
     async def load(self, request: Request) -> Response:
         """A name that serves other content is refused: SGLang unloads first."""
         body = validate(SglangLoadRequest, await read_json(request))
         try:
-            await asyncio.to_thread(self._registry.load, body.lora_name, body.lora_path, inplace=False)
+            await self._state.changes.run(
+                lambda: self._registry.load(body.lora_name, body.lora_path, inplace=False)
+            )
             if body.pinned:
-                await asyncio.to_thread(self._registry.pin, body.lora_name)
+                await self._state.changes.run(lambda: self._registry.pin(body.lora_name))
         except AdapterdError as error:
             return self._failed(error)
         return self._loaded()
@@ -78,7 +80,7 @@ class SglangAdapters:
     async def unload(self, request: Request) -> Response:
         body = validate(SglangUnloadRequest, await read_json(request))
         try:
-            await asyncio.to_thread(self._registry.unload, body.lora_name)
+            await self._state.changes.run(lambda: self._registry.unload(body.lora_name))
         except AdapterdError as error:
             return self._failed(error)
         return self._loaded()
