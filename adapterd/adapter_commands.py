@@ -210,6 +210,8 @@ def _whole(card: Json) -> str:
         ("targets", ", ".join(card["targets"])),
         ("size", _size(card["bytes"])),
         ("base", f"{card['base']['served']}, by {card['base']['match']}" if card["base"]["match"] else None),
+        ("proof", _proof(card["proof"])),
+        ("answers", _answers(card["full_proof"])),
         ("served", f"{card['requests_served']} requests, the last {_ago(card['last_used'])}"),
     ]
     lines = [_aligned([(key, str(value)) for key, value in facts if value not in (None, "")])]
@@ -230,6 +232,23 @@ def _whole(card: Json) -> str:
         head = ("VERSION", "DIGEST", "ALIASES", "TIER", "SIZE", "SERVED", "LAST USED", "SOURCE")
         lines.append(_aligned([head, *rows]))
     return "\n\n".join(lines)
+
+
+def _proof(proof: Json | None) -> str | None:
+    if proof is None:
+        return None
+    said = f"{proof['verdict']}: {proof['num_modules']} modules as PEFT computes them, within {proof['max_error']:.1g}"
+    return said if proof["has_effect"] else f"{said}; no effect, it adds nothing but zeros"
+
+
+def _answers(proof: Json | None) -> str | None:
+    if proof is None:
+        return None
+    if "error" in proof:
+        return f"could not be compared with PEFT's: {proof['error']}"
+    return (
+        f"{proof['verdict']}: {proof['num_tokens_equal']} of {proof['num_tokens']} greedy tokens are PEFT's"
+    )
 
 
 def _line(card: Json) -> str:

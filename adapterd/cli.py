@@ -87,6 +87,7 @@ def serve(flags: dict[str, Any]) -> int:
     listener = bind(settings.host, settings.port)
 
     from adapterd.daemon import Daemon
+    from adapterd.idle_proofs import IdleProofs, current_versions, prove_command
     from adapterd.server.app import create_app
     from adapterd.server.state import ServerState
 
@@ -97,12 +98,21 @@ def serve(flags: dict[str, Any]) -> int:
         modules=modules,
         spellings=settings.router_spellings,
     )
+    proofs: IdleProofs | None = None
+    if settings.prove_idle is not None:
+        proofs = IdleProofs(
+            prove_command(settings.base, daemon.spec.dtype, settings.quantization),
+            lambda: current_versions(daemon.registry.list()),
+            daemon.engine.stats,
+            idle_seconds=settings.prove_idle,
+        )
     state = ServerState(
         daemon,
         max_queue=settings.max_queue,
         spellings=settings.listed_spellings,
         more_spellings=modules.spellings,
         warms_up=True,
+        full_proofs=proofs,
     )
     app = create_app(
         state,

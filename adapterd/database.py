@@ -16,10 +16,11 @@ from typing import get_args
 from adapterd.core import AdapterDigest, AdapterId
 from adapterd.errors import ConfigError
 from adapterd.names import NameRecord, Owner, Version
+from adapterd.proof import Proof
 from adapterd.watch import Signature
 
 FILE = "registry.sqlite3"
-_FORMAT = 2
+_FORMAT = 3
 _TABLES = """
 CREATE TABLE base (fingerprint TEXT);
 CREATE TABLE name (
@@ -31,6 +32,7 @@ CREATE TABLE version (
     name TEXT NOT NULL REFERENCES name ON DELETE CASCADE, number INTEGER NOT NULL, digest TEXT NOT NULL,
     path TEXT NOT NULL, num_bytes INTEGER NOT NULL, rank INTEGER NOT NULL, targets TEXT NOT NULL,
     first_loaded_at REAL NOT NULL, source TEXT, base_model TEXT, base_match TEXT NOT NULL DEFAULT 'shapes',
+    proof TEXT,
     PRIMARY KEY (name, number), UNIQUE (name, digest)
 ) WITHOUT ROWID;
 CREATE TABLE alias (
@@ -47,6 +49,7 @@ ALTER TABLE version ADD COLUMN source TEXT;
 ALTER TABLE version ADD COLUMN base_model TEXT;
 ALTER TABLE version ADD COLUMN base_match TEXT NOT NULL DEFAULT 'shapes';
 """
+_FROM_FORMAT_2 = "ALTER TABLE version ADD COLUMN proof TEXT;"
 
 
 class Database:
@@ -90,9 +93,10 @@ class Database:
                 source,
                 model,
                 match,
+                proof,
             ) in self._connection.execute(
                 "SELECT name, number, digest, path, num_bytes, rank, targets, first_loaded_at, source,"
-                " base_model, base_match FROM version"
+                " base_model, base_match, proof FROM version"
             ):
                 versions.setdefault(name, {})[number] = Version(
                     number,
@@ -105,6 +109,7 @@ class Database:
                     source,
                     model,
                     "fingerprint" if match == "fingerprint" else "shapes",
+                    None if proof is None else Proof(**json.loads(proof)),
                 )
             aliases: dict[str, dict[str, int]] = {}
             for name, alias, number in self._connection.execute("SELECT name, alias, number FROM alias"):
@@ -161,12 +166,11 @@ class Database:
         execute("PRAGMA synchronous = NORMAL")
         execute("PRAGMA foreign_keys = ON")
         (version,) = execute("PRAGMA user_version").fetchone()
-        if version not in (0, 1, _FORMAT):
+        if not 0 <= version <= _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {version}, and this adapterd reads 1 to {_FORMAT}")
-        if version == 1:
-            self._connection.executescript(f"BEGIN;{_FROM_FORMAT_1}PRAGMA user_version = {_FORMAT};COMMIT;")
-        if version == 0:
-            self._connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {_FORMAT};COMMIT;")
+        changes = {0: _TABLES, 1: _FROM_FORMAT_1 + _FROM_FORMAT_2, 2: _FROM_FORMAT_2}.get(version)
+        if changes is not None:
+            self._connection.executescript(f"BEGIN;{changes}PRAGMA user_version = {_FORMAT};COMMIT;")
         execute("BEGIN IMMEDIATE")
         known = execute("SELECT fingerprint FROM base").fetchone()
         if known is None or known[0] != base_fingerprint:
@@ -199,7 +203,7 @@ class Database:
             ),
         )
         self._connection.executemany(
-            "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             _version_rows(record.versions.values()),
         )
         self._connection.executemany(
@@ -222,6 +226,7 @@ def _version_rows(versions: Iterable[Version]) -> list[tuple[object, ...]]:
             version.source,
             version.base_model,
             version.base_match,
+            None if version.proof is None else json.dumps(vars(version.proof)),
         )
         for version in versions
     ]

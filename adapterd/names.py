@@ -18,6 +18,7 @@ from adapterd.adapter import Adapter
 from adapterd.core import AdapterId, BaseMatch
 from adapterd.errors import InvalidRequest
 from adapterd.model_name import check_alias, is_version_digest, is_version_number
+from adapterd.proof import Proof
 from adapterd.watch import Signature
 
 Owner = Literal["folder", "runtime", "manifest", "resolver"]
@@ -38,6 +39,7 @@ class Version:
 
     `source` is where that was downloaded from, as exactly as its address can say; None for a folder of its own.
     `base_match` is how we know that it is for this base: by its fingerprint, or only by the shapes of its tensors.
+    `proof` is how its products compared with PEFT's when it was read last; None where nobody compared them.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Version:
     source: str | None = None
     base_model: str | None = None
     base_match: BaseMatch = "shapes"
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class NameRecord:
             source=source,
             base_model=adapter.base_model_name,
             base_match=adapter.base_match,
+            proof=adapter.proof,
         )
         versions = MappingProxyType({**self.versions, number: version})
         record = replace(self, versions=versions, next_number=max(self.next_number, number + 1))

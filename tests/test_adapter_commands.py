@@ -59,6 +59,7 @@ def test_an_adapters_life_from_a_terminal(url: str, capsys: pytest.CaptureFixtur
     assert table[2].split()[-2:] == ["manifest", str(SHIPPED / "support")]
     shown = run(capsys, url, "show", "a")
     assert "stable" in shown
+    assert "exact: " in shown
     assert "1*" in shown
     card = json.loads(run(capsys, url, "show", "a", "--json"))
     assert (card["version"], card["aliases"]) == (1, {"stable": 1})

@@ -14,6 +14,7 @@ from adapterd.core import AdapterDigest, AdapterId
 from adapterd.database import FILE, Database
 from adapterd.errors import ConfigError
 from adapterd.names import NameRecord, Version
+from adapterd.proof import Proof
 from adapterd.watch import Signature
 
 SIGNATURE = Signature(
@@ -61,8 +62,11 @@ def test_a_record_comes_back_whole(tmp_path: Path) -> None:
     assert reopened(tmp_path / "state") == [RECORD, NameRecord("b", owner="runtime", error="bad")]
 
 
-def test_what_the_manifest_and_a_download_left_comes_back(tmp_path: Path) -> None:
-    downloaded = replace(version(1), source="hf://acme/a@4f1c", base_model="mini", base_match="fingerprint")
+def test_what_the_manifest_a_download_and_a_proof_left_comes_back(tmp_path: Path) -> None:
+    proof = Proof("within bound", 1e-3, 48, True, 0.01)
+    downloaded = replace(
+        version(1), source="hf://acme/a@4f1c", base_model="mini", base_match="fingerprint", proof=proof
+    )
     record = replace(
         RECORD,
         owner="manifest",
@@ -98,9 +102,21 @@ PRAGMA user_version = 1;
 """
 
 
-def test_a_file_of_the_format_before_is_taken_over(tmp_path: Path) -> None:
+_TO_FORMAT_2 = """
+ALTER TABLE name ADD COLUMN source TEXT;
+ALTER TABLE name ADD COLUMN sha256 TEXT;
+ALTER TABLE name ADD COLUMN declared TEXT;
+ALTER TABLE version ADD COLUMN source TEXT;
+ALTER TABLE version ADD COLUMN base_model TEXT;
+ALTER TABLE version ADD COLUMN base_match TEXT NOT NULL DEFAULT 'shapes';
+PRAGMA user_version = 2;
+"""
+
+
+@pytest.mark.parametrize("later", ["", _TO_FORMAT_2])
+def test_a_file_of_a_format_before_is_taken_over(tmp_path: Path, later: str) -> None:
     connection = sqlite3.connect(tmp_path / FILE)
-    connection.executescript(_FORMAT_1.replace("DIGEST", version(1).id.digest))
+    connection.executescript(_FORMAT_1.replace("DIGEST", version(1).id.digest) + later)
     connection.close()
     known = replace(
         NameRecord(

@@ -138,6 +138,12 @@ class ServeSettings(EngineSettings):
         None, description="the same, of keys that may also change which adapters are served"
     )
     insecure_no_auth: bool = Field(False, description="allow a public --host without keys for clients")
+    prove_idle: float | None = Field(
+        None,
+        ge=0,
+        description="after so many seconds without work, compare adapters' whole answers with PEFT's in a process of"
+        " its own, which holds the base once more (default: never)",
+    )
     drain_delay: float = Field(
         0.0, ge=0, description="seconds after SIGTERM in which new requests are still taken"
     )

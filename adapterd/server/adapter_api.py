@@ -61,7 +61,10 @@ class Adapters:
         return JSONResponse(await asyncio.to_thread(answer))
 
     async def one(self, request: Request) -> Response:
-        return await self._card(lambda: self._registry.entry(_name(request)))
+        def answer() -> AdapterCard:
+            return self._cards().card(self._registry.entry(_name(request)))
+
+        return JSONResponse(await asyncio.to_thread(answer))
 
     # What it is made of
 
@@ -78,7 +81,7 @@ class Adapters:
                 self._registry.pin(body.name)
             return self._cards().card(self._registry.entry(body.name)), 201 if is_new else 200
 
-        card, status = await asyncio.to_thread(load)
+        card, status = await self._state.changes.run(load)
         return JSONResponse(card, status_code=status)
 
     async def update(self, request: Request) -> Response:
@@ -134,7 +137,8 @@ class Adapters:
         entry = await asyncio.to_thread(self._registry.entry, name)
         ids = [version.id for version in entry.versions]
         before = memory.held_by(ids)
-        await asyncio.to_thread(self._registry.forget if forget else self._registry.unload, name)
+        change = self._registry.forget if forget else self._registry.unload
+        await self._state.changes.run(lambda: change(name))
         num_aborted = 0
         if not await memory.is_back(ids, seconds) and abort:
             num_aborted = sum(
@@ -163,13 +167,13 @@ class Adapters:
 
     def _cards(self) -> Cards:
         resident = self._state.daemon.engine.stats().resident
-        return Cards(self._registry, self._state.spec.name, resident)
+        return Cards(self._registry, self._state.spec.name, resident, self._state.full_proofs)
 
     async def _card(self, change: Callable[[], AdapterEntry]) -> Response:
         def answer() -> AdapterCard:
             return self._cards().card(change())
 
-        return JSONResponse(await asyncio.to_thread(answer))
+        return JSONResponse(await self._state.changes.run(answer))
 
 
 class _Memory:

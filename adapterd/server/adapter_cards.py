@@ -1,15 +1,30 @@
 """What /v1/adapters says of an adapter, and what its other endpoints answer."""
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from adapterd.core import AdapterId, BaseMatch
-from adapterd.server.seams import AdapterEntry, Registry, Version
+from adapterd.proof import Proof, Verdict
+from adapterd.server.seams import AdapterEntry, FullProofs, Registry, Version
 
 Tier = Literal["device", "host", "disk", "remote"]
 """The fastest place where a version's weights are now."""
+
+
+class ProofCard(TypedDict):
+    """How the products of a version's modules compared with those of PEFT's own layers when it was read.
+
+    `max_error` is the largest difference of any module, over that module's largest output; with `has_effect` false
+    the adapter adds nothing but zeros.
+    """
+
+    verdict: Verdict
+    max_error: float
+    num_modules: int
+    has_effect: bool
+    seconds: float
 
 
 class VersionCard(TypedDict):
@@ -28,6 +43,7 @@ class VersionCard(TypedDict):
     requests_served: int
     requests_running: int
     last_used: float | None
+    proof: ProofCard | None
 
 
 class BaseCard(TypedDict):
@@ -40,7 +56,9 @@ class BaseCard(TypedDict):
 
 
 class AdapterCard(TypedDict):
-    """`error` beside READY: a newer version was refused, and the one before serves on."""
+    """`error` beside READY: a newer version was refused, and the one before serves on. `proof` is the current
+    version's; a version whose proof fails is never served. `full_proof` is what `adapters prove` says of its whole
+    answers, or why it could not: null unless the daemon makes such proofs, and until it has."""
 
     id: str
     object: Literal["adapter"]
@@ -63,7 +81,8 @@ class AdapterCard(TypedDict):
     requests_served: int
     last_used: float | None
     base: BaseCard
-    proof: None
+    proof: ProofCard | None
+    full_proof: dict[str, Any] | None
     versions: list[VersionCard]
 
 
@@ -105,8 +124,15 @@ class Unloaded(TypedDict):
 class Cards:
     """Makes cards of one moment: `resident` is what is in device memory."""
 
-    def __init__(self, registry: Registry, base_name: str, resident: Collection[AdapterId]) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        base_name: str,
+        resident: Collection[AdapterId],
+        full_proofs: FullProofs | None = None,
+    ) -> None:
         self._registry = registry
+        self._full_proofs = full_proofs
         self._base_name = base_name
         self._resident = frozenset(resident)
 
@@ -141,7 +167,8 @@ class Cards:
                 "declared": None if current is None else current.base_model,
                 "match": match,
             },
-            "proof": None,
+            "proof": None if current is None else _proof(current.proof),
+            "full_proof": None if current is None else self._full_proof(current),
             "versions": versions,
         }
 
@@ -161,7 +188,12 @@ class Cards:
             "requests_served": use.num_requests,
             "requests_running": use.num_leases,
             "last_used": use.last_used,
+            "proof": _proof(version.proof),
         }
+
+    def _full_proof(self, version: Version) -> dict[str, Any] | None:
+        proof = None if self._full_proofs is None else self._full_proofs.of(version.id.digest)
+        return None if proof is None else dict(proof)
 
     def _tier(self, version: Version) -> Tier:
         if version.id in self._resident:
@@ -169,3 +201,15 @@ class Cards:
         if self._registry.use_of(version.id).host_bytes:
             return "host"
         return "disk" if self._registry.is_on_disk(version.id.name, version.number) else "remote"
+
+
+def _proof(proof: Proof | None) -> ProofCard | None:
+    if proof is None:
+        return None
+    return {
+        "verdict": proof.verdict,
+        "max_error": proof.max_error,
+        "num_modules": proof.num_modules,
+        "has_effect": proof.has_effect,
+        "seconds": proof.seconds,
+    }

@@ -1,9 +1,10 @@
 """What the server needs of the rooms beside it. Tests stand fakes here; `adapterd.daemon` has the real ones."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapterd.core import (
+    AdapterDigest,
     AdapterId,
     AdapterMix,
     BaseMatch,
@@ -16,6 +17,7 @@ from adapterd.core import (
     RequestId,
 )
 from adapterd.metrics import Metrics
+from adapterd.proof import Proof
 
 
 class Engine(Protocol):
@@ -76,6 +78,8 @@ class Version(Protocol):
     def base_model(self) -> str | None: ...
     @property
     def base_match(self) -> BaseMatch: ...
+    @property
+    def proof(self) -> Proof | None: ...
 
 
 class VersionUse(Protocol):
@@ -130,6 +134,14 @@ class AdapterEntry(Protocol):
     def aliases(self) -> tuple[tuple[str, int], ...]: ...
     @property
     def is_pinned(self) -> bool: ...
+
+
+class FullProofs(Protocol):
+    """Proofs of whole answers, made while there is no work. `of`: a version's verdict, None before."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def of(self, digest: AdapterDigest) -> Mapping[str, Any] | None: ...
 
 
 class ManifestStatus(Protocol):

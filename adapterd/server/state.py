@@ -12,11 +12,12 @@ from types import MappingProxyType
 from adapterd.core import ServerStats
 from adapterd.errors import AdapterdError, BeingRead, Overloaded
 from adapterd.residency import PREFIXED, Spelling, spelled
+from adapterd.server.change_pool import ChangePool
 from adapterd.server.drain import Drain
 from adapterd.server.in_use import AdaptersInUse
 from adapterd.server.readiness import Readiness
 from adapterd.server.render_pool import RenderPool
-from adapterd.server.seams import Daemon, ResolvedModel
+from adapterd.server.seams import Daemon, FullProofs, ResolvedModel
 from adapterd.server.streams import OutputStreams
 from adapterd.server.warm_up import warm_up
 
@@ -28,7 +29,7 @@ READING_SECONDS = 30.0
 
 
 class ServerState:
-    """`streams` and `render_pool` live between start and stop of the app, on its event loop."""
+    """`streams`, `render_pool` and `changes` live between start and stop of the app, on its event loop."""
 
     def __init__(
         self,
@@ -39,10 +40,12 @@ class ServerState:
         more_spellings: Mapping[str, str] = MappingProxyType({}),
         warms_up: bool = False,
         reading_seconds: float = READING_SECONDS,
+        full_proofs: FullProofs | None = None,
     ) -> None:
         """`spellings`: how /v1/models lists adapters; requests may use any. `more_spellings`: what
         else a request's `model` may be -> an adapter's name. `warms_up`: ready after a forward."""
         self.daemon = daemon
+        self.full_proofs = full_proofs
         self.spec = replace(daemon.spec, max_model_len=daemon.engine.max_model_len)
         self.metrics = daemon.metrics
         self.metrics.server_stats = self.stats
@@ -52,6 +55,7 @@ class ServerState:
         self.created_unix = int(time.time())
         self.streams: OutputStreams
         self.render_pool: RenderPool
+        self.changes: ChangePool
         self._max_queue = max_queue
         self._spellings = frozenset(spellings)
         self._more_spellings = dict(more_spellings)
@@ -125,17 +129,23 @@ class ServerState:
         """Start the rooms and stop them again: the registry reads adapters, the engine turns its crank."""
         self.streams = OutputStreams(asyncio.get_running_loop())
         self.render_pool = RenderPool(max_waiting=max(1, self._max_queue))
+        self.changes = ChangePool()
         self.daemon.registry.start()
         self.daemon.engine.start(self.streams.deliver)
+        if self.full_proofs is not None:
+            self.full_proofs.start()
         warming_up = asyncio.create_task(self._warm_up())
         try:
             yield
         finally:
             warming_up.cancel()
             await asyncio.gather(warming_up, return_exceptions=True)
+            if self.full_proofs is not None:
+                await asyncio.to_thread(self.full_proofs.stop)
             await asyncio.to_thread(self.daemon.engine.stop)
             await asyncio.to_thread(self.daemon.registry.stop)
             await asyncio.to_thread(self.render_pool.close)
+            await asyncio.to_thread(self.changes.close)
 
     async def _warm_up(self) -> None:
         while not self.readiness.is_warm:

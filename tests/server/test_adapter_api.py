@@ -111,7 +111,9 @@ async def test_a_card_says_what_an_adapter_is_and_where_it_lies(
     client: httpx.AsyncClient, root: Path
 ) -> None:
     card = await load(client, "a", ".v/one", pinned=True)
-    digest = card["digest"]
+    digest, proof = card["digest"], card["proof"]
+    assert (proof["verdict"], proof["num_modules"], proof["has_effect"]) == ("exact", 1, True)
+    assert proof["max_error"] < 1e-5
     assert card == {
         "id": "tiny:a",
         "object": "adapter",
@@ -134,7 +136,8 @@ async def test_a_card_says_what_an_adapter_is_and_where_it_lies(
         "requests_served": 0,
         "last_used": None,
         "base": {"served": "tiny", "declared": "mini", "match": "fingerprint"},
-        "proof": None,
+        "proof": proof,
+        "full_proof": None,
         "versions": [
             {
                 "number": 1,
@@ -150,6 +153,7 @@ async def test_a_card_says_what_an_adapter_is_and_where_it_lies(
                 "requests_served": 0,
                 "requests_running": 0,
                 "last_used": None,
+                "proof": proof,
             }
         ],
     }

@@ -1,0 +1,159 @@
+"""Adapters' whole answers compared with PEFT's while nobody waits: `adapterd adapters prove`, in a process of its own.
+
+The proof holds the base once more, so it is no part of this process, and none begins that was not asked for
+(`--prove-idle`). It runs at the lowest priority, begins once the engine has had no work for a while, is stopped where
+it stands as soon as there is some, and goes on when there is none. Each version that a name means is proven once.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapterd.core import AdapterDigest, AdapterId, EngineStats
+from adapterd.entries import AdapterEntry
+
+_logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
+_LOWEST_PRIORITY = 19
+_MAX_KEPT = 4096
+
+Proven = Mapping[str, Any]
+"""What `adapters prove` writes of one adapter (`full_proof.FullProof`), or `error` alone where it could not."""
+
+
+def prove_command(base: str, dtype: str, quantization: str) -> tuple[str, ...]:
+    """What proves the adapter in a folder, which is to be added with the file for the verdict: on the CPU, for the
+    device is the engine's."""
+    return (
+        *(sys.executable, "-m", "adapterd", "adapters", "prove", "--base", base, "--device", "cpu"),
+        *("--dtype", dtype, "--quantization", quantization),
+    )
+
+
+def current_versions(entries: Iterable[AdapterEntry]) -> list[tuple[AdapterId, Path]]:
+    """What names mean now, and the folder of each."""
+    return [
+        (version.id, version.path)
+        for entry in entries
+        for version in entry.versions
+        if version.number == entry.number
+    ]
+
+
+class IdleProofs:
+    """`current` gives the versions that names mean now and their folders; `stats` tells whether there is work."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        current: Callable[[], Iterable[tuple[AdapterId, Path]]],
+        stats: Callable[[], EngineStats],
+        *,
+        idle_seconds: float,
+    ) -> None:
+        self._command = tuple(command)
+        self._current = current
+        self._stats = stats
+        self._idle_seconds = idle_seconds
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._num_steps = -1
+        self._idle_since = time.monotonic()
+        self._proofs: dict[AdapterDigest, Proven] = {}
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="idle-proofs", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the proof that is under way. Harmless if never started."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def of(self, digest: AdapterDigest) -> Proven | None:
+        """What was found of a version; None before."""
+        return self._proofs.get(digest)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_POLL_SECONDS):
+            if self._seconds_idle() < self._idle_seconds:
+                continue
+            found = next((one for one in self._current() if one[0].digest not in self._proofs), None)
+            if found is not None:
+                self._prove(*found)
+            else:
+                self._stopping.wait(1.0)
+
+    def _seconds_idle(self) -> float:
+        """How long there has been no work; a step since the last look counts as work."""
+        stats, now = self._stats(), time.monotonic()
+        if stats.num_running or stats.num_waiting or stats.num_steps != self._num_steps:
+            self._idle_since = now
+        self._num_steps = stats.num_steps
+        return now - self._idle_since
+
+    def _prove(self, adapter_id: AdapterId, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="adapterd-proof-") as scratch:
+            verdict, log = Path(scratch) / "verdict.json", Path(scratch) / "log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [*self._command, "--adapters", str(folder), "--json-out", str(verdict)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(),
+                    # A group of its own in our session: should we die while it is stopped, the system ends it.
+                    process_group=0,
+                )
+            os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
+            if not self._wait(process):
+                return
+            self._proofs[adapter_id.digest] = _read(adapter_id, verdict, log)
+            if len(self._proofs) > _MAX_KEPT:
+                del self._proofs[next(iter(self._proofs))]
+
+    def _wait(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Let it run while there is no work, until it has ended; False where we end first."""
+        is_stopped = False
+        while process.poll() is None:
+            if self._stopping.wait(_POLL_SECONDS):
+                process.kill()
+                process.wait()
+                return False
+            is_busy = self._seconds_idle() < self._idle_seconds
+            if is_busy != is_stopped:
+                process.send_signal(signal.SIGSTOP if is_busy else signal.SIGCONT)
+                is_stopped = is_busy
+        return True
+
+
+def _environment() -> dict[str, str]:
+    """Ours without the settings of `serve`, which are none of the proof's, and without a device."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _read(adapter_id: AdapterId, verdict: Path, log: Path) -> Proven:
+    name, digest = adapter_id.name, adapter_id.digest
+    try:
+        (proof,) = json.loads(verdict.read_text())
+    except (OSError, ValueError):
+        error = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        _logger.warning("adapter %s (%s) could not be proven: %s", name, digest[:12], error)
+        return {"error": error}
+    if proof["digest"] != digest:
+        return {"error": f"its folder holds {proof['digest'][:12]} by now"}
+    level = logging.WARNING if proof["verdict"] == "refused" else logging.INFO
+    _logger.log(level, "adapter %s (%s): whole answers are %s", name, digest[:12], proof["verdict"])
+    return {key: value for key, value in proof.items() if key != "adapter"}

@@ -1,0 +1,163 @@
+"""Proofs run while there is no work, stand still while there is some, and end with the daemon."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from adapterd.core import AdapterDigest, AdapterId
+from adapterd.idle_proofs import IdleProofs
+from tests.adapters_on_disk import until
+from tests.serving import served
+
+A, B = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "ab")
+
+PROVER = """
+import json, os, sys, time
+folder, out = sys.argv[2], sys.argv[4]
+name = os.path.basename(folder)
+open(folder + ".pid", "w").write(str(os.getpid()))
+while not os.path.exists(folder + ".go"):
+    time.sleep(0.01)
+if any(variable.startswith("ADAPTERD_") for variable in os.environ):
+    sys.exit("there is a setting of serve's")
+if name == "broken":
+    sys.exit("no adapter there")
+json.dump([{"adapter": name, "digest": name[0] * 64, "verdict": "exact"}], open(out, "w"))
+"""
+
+
+class Work:
+    """An engine's stats, of a given number of running sequences."""
+
+    def __init__(self) -> None:
+        self.num_running = 0
+        self.num_steps = 0
+
+    def stats(self) -> Any:
+        return SimpleNamespace(
+            num_running=self.num_running, num_waiting=0, num_steps=self.num_steps + self.num_running
+        )
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def make(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., IdleProofs]]:
+    made: list[IdleProofs] = []
+    monkeypatch.setenv("ADAPTERD_PORT", "8000")
+
+    def build(*current: tuple[AdapterId, Path]) -> IdleProofs:
+        command = (sys.executable, "-c", PROVER)
+        proofs = IdleProofs(command, lambda: current, work.stats, idle_seconds=0.2)
+        made.append(proofs)
+        proofs.start()
+        return proofs
+
+    yield build
+    for proofs in made:
+        proofs.stop()
+
+
+def process_of(folder: Path) -> psutil.Process:
+    file = folder.with_name(folder.name + ".pid")
+    until(lambda: file.exists() and bool(file.read_text()))
+    return psutil.Process(int(file.read_text()))
+
+
+def let_go(folder: Path) -> None:
+    folder.with_name(folder.name + ".go").touch()
+
+
+def test_each_version_is_proven_once_at_the_lowest_priority(
+    make: Callable[..., IdleProofs], tmp_path: Path
+) -> None:
+    proofs = make((A, tmp_path / "a"), (B, tmp_path / "b"))
+    assert process_of(tmp_path / "a").nice() == 19
+    assert proofs.of(A.digest) is None
+    let_go(tmp_path / "a")
+    let_go(tmp_path / "b")
+    until(lambda: proofs.of(B.digest) is not None)
+    assert proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"}
+    first = (tmp_path / "a.pid").read_text()
+    time.sleep(1.5)
+    assert (tmp_path / "a.pid").read_text() == first
+
+
+def test_nothing_begins_while_there_is_work_and_what_runs_stands_still(
+    make: Callable[..., IdleProofs], work: Work, tmp_path: Path
+) -> None:
+    work.num_running = 1
+    proofs = make((A, tmp_path / "a"))
+    time.sleep(0.5)
+    assert not (tmp_path / "a.pid").exists()
+    work.num_running = 0
+    process = process_of(tmp_path / "a")
+    work.num_running = 1
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
+    let_go(tmp_path / "a")
+    time.sleep(0.5)
+    assert proofs.of(A.digest) is None
+    work.num_running = 0
+    until(lambda: proofs.of(A.digest) is not None)
+
+
+def test_a_step_between_two_looks_is_work(
+    make: Callable[..., IdleProofs], work: Work, tmp_path: Path
+) -> None:
+    make((A, tmp_path / "a"))
+    process = process_of(tmp_path / "a")
+    work.num_steps += 1
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
+    until(lambda: process.status() != psutil.STATUS_STOPPED)
+
+
+def test_a_proof_ends_with_the_daemon_even_where_it_is_stopped(
+    make: Callable[..., IdleProofs], work: Work, tmp_path: Path
+) -> None:
+    proofs = make((A, tmp_path / "a"))
+    process = process_of(tmp_path / "a")
+    work.num_running = 1
+    until(lambda: process.status() == psutil.STATUS_STOPPED)
+    proofs.stop()
+    assert not process.is_running()
+    assert proofs.of(A.digest) is None
+
+
+def test_what_cannot_be_proven_or_has_changed_is_said_and_not_tried_again(
+    make: Callable[..., IdleProofs], tmp_path: Path
+) -> None:
+    for name in ("broken", "changed"):
+        let_go(tmp_path / name)
+    proofs = make((A, tmp_path / "broken"), (B, tmp_path / "changed"))
+    until(lambda: proofs.of(B.digest) is not None)
+    assert proofs.of(A.digest) == {"error": "no adapter there"}
+    assert proofs.of(B.digest) == {"error": f"its folder holds {'c' * 12} by now"}
+
+
+def test_the_daemon_proves_its_adapters_and_their_cards_say_so() -> None:
+    support = Path(__file__).resolve().parent.parent / "adapters" / "support"
+    with served("--adapters", str(support), "--prove-idle", "1") as url:
+        card: dict[str, Any] = {}
+
+        def is_proven() -> bool:
+            card.update(httpx.get(f"{url}/v1/adapters/support", timeout=30).json())
+            return card["full_proof"] is not None
+
+        deadline = time.monotonic() + 300
+        while not is_proven():
+            assert time.monotonic() < deadline, "it was never proven"
+            time.sleep(0.5)
+    proof = card["full_proof"]
+    assert proof is not None, json.dumps(card)
+    assert (proof["verdict"], proof["digest"]) == ("exact", card["digest"])
