@@ -133,7 +133,7 @@ def matrix_rates(
             [torch.randn(shape, dtype=torch.float32).to(device, dtype) for shape in linears]
             for _ in range(num_layers)
         ]
-        for way, prepare in _ways(device):
+        for way, prepare in _ways(device, dtype):
             for count in tokens:
                 products = [prepare(layer, count) for layer in layers]
                 inputs = {d_in: torch.randn(count, d_in).to(device, dtype) for _, d_in in linears}
@@ -162,9 +162,13 @@ def matrix_rates(
 Prepare = Callable[[Sequence[torch.Tensor], int], list[Callable[[torch.Tensor], torch.Tensor]]]
 
 
-def _ways(device: torch.device) -> list[tuple[str, Prepare]]:
+def _ways(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Prepare]]:
     ways: list[tuple[str, Prepare]] = [("linear", _plain)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        try:
+            _prepacked([torch.zeros(8, 8, dtype=dtype)], 1)
+        except RuntimeError:  # oneDNN has no layout of its own for 16 bits on a processor without AVX-512
+            return ways
         ways.append(("prepacked", _prepacked))
     return ways
 

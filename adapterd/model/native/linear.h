@@ -62,23 +62,24 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
                    int64_t group_rows, int64_t begin, int64_t end, const T* after) {
   thread_local std::vector<float> sums;
   sums.resize(tokens * group_rows);
+  const int64_t columns = product.whole ? kChunk<T> : chunk_columns<T>(tokens);
   for (int64_t row = begin; row < end; row += group_rows) {
     const int rows = static_cast<int>(std::min(group_rows, end - row));
     std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t k = 0; k < d_in; k += kChunk<T>) {
+    for (int64_t k = 0; k < d_in; k += columns) {
       if (product.whole) {
         dot_whole<T>(product.whole + row * d_in + k, d_in, rows, product.d_out - row - rows, x.data + k, x.stride, tokens,
-                  std::min(kChunk<T>, d_in - k), sums.data(), group_rows);
+                  std::min(columns, d_in - k), sums.data(), group_rows);
         continue;
       }
       const T* here = product.w + row * d_in + k;
       const T* next = after;
-      if (k + kChunk<T> < d_in) {
-        next = here + kChunk<T>;
+      if (k + columns < d_in) {
+        next = here + columns;
       } else if (row + group_rows < end) {
         next = row + 2 * group_rows <= product.d_out ? product.w + (row + group_rows) * d_in : nullptr;
       }
-      dot_group<T>(rows, here, d_in, x.data + k, x.stride, tokens, std::min(kChunk<T>, d_in - k), sums.data(),
+      dot_group<T>(rows, here, d_in, x.data + k, x.stride, tokens, std::min(columns, d_in - k), sums.data(),
                 group_rows, next);
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -107,7 +108,7 @@ std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, 
   const int64_t threads = at::get_num_threads();
   const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
   const bool many = tokens > kFewTokens && total >= 4 * threads * kManyRows;
-  *group_rows = many ? kManyRows : whole ? kTileRows : kGroupRows;
+  *group_rows = many ? kManyRows : kSpreadRows ? 2 * kGroupRows : whole ? kTileRows : kGroupRows;
   const int64_t row_bytes = d_in * static_cast<int64_t>(whole ? sizeof(int8_t) : sizeof(T));
   const int64_t groups_at_once = std::max<int64_t>(1, kUnitBytes / (*group_rows * row_bytes));
   const int64_t step = *group_rows * groups_at_once;
