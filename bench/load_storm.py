@@ -159,7 +159,7 @@ def missing_refusals(outcomes: Sequence[Outcome], asked: Sequence[Asked]) -> lis
     """Which of those who must have met memory full of pinned adapters did not."""
     wrong = []
     if not any(outcome.status == 429 for outcome in outcomes):
-        wrong.append("no pin was refused, and more names were pinned than there was room for")
+        wrong.append("no pin or prefetch was refused, and more names were pinned than there was room for")
     if not any(one.status == 429 for one in asked):
         wrong.append("no request was refused while pinned adapters took all memory")
     return wrong
@@ -273,7 +273,7 @@ def measure(options: argparse.Namespace) -> Figures:
         "storm_seconds": seconds,
         "operations": statuses_by_kind(outcomes),
         "refused_for_room": {
-            "pins": sum(outcome.status == 429 for outcome in outcomes),
+            "pins_and_prefetches": sum(outcome.status == 429 for outcome in outcomes),
             "requests": sum(asked.status == 429 for asked in of_touched),
         },
         "answers_of_the_steady": len(of_steady),
