@@ -90,7 +90,7 @@ inline void keep_in_register(Vec& v) {
 template <int NW, int NX>
 __attribute__((always_inline)) inline void add_sums(const Vec (&sums)[NX][NW], float* out, int64_t ldo, int64_t gap) {
   const auto add = [gap](float* to, const auto& four, int first, int count) __attribute__((always_inline)) {
-    if constexpr (kSpreadRows) {
+    if constexpr (kSpreadRows || NW != 4) {
       for (int j = 0; j < count; ++j) to[j * gap] += four[first + j];
     } else {
       const auto sum = load_as<Floats<4>::type>(to) + four;
@@ -103,7 +103,6 @@ __attribute__((always_inline)) inline void add_sums(const Vec (&sums)[NX][NW], f
       add(out + i * ldo, sum_lanes_of_four(sums[i][0], sums[i][1], sums[i][2], sums[i][3]), 0, 4);
     }
   } else if constexpr (NW == 2) {
-    static_assert(kSpreadRows);
 #pragma GCC unroll 8
     for (int i = 0; i + 1 < NX; i += 2) {
       const auto four = sum_lanes_of_four(sums[i][0], sums[i][1], sums[i + 1][0], sums[i + 1][1]);
