@@ -117,7 +117,11 @@ def test_every_kind_preempted_and_swapped_equals_peft(case: Case) -> None:
         kv_memory=3 * block_bytes,
         adapter_memory=(largest + 2) * offline.runner.bank.page_bytes,
     )
-    assert answers(offline, case) == case.expected
-    stats = offline.engine.stats()
-    assert stats.num_evictions > 0
-    assert stats.num_preemptions > 0 or len(case.prompts) < 6
+    # When adapters arrive decides how many sequences run beside each other, and so whether one is preempted.
+    for _ in range(5):
+        assert answers(offline, case) == case.expected
+        stats = offline.engine.stats()
+        assert stats.num_evictions > 0
+        if stats.num_preemptions > 0 or len(case.prompts) < 6:
+            return
+    pytest.fail("never preempted")
