@@ -40,9 +40,9 @@ constexpr int kTileTokens = kFewRegisters ? 5 : 6;  // tokens that a tile takes 
 constexpr int tile_rows(int tokens) { return kFewRegisters && tokens > 2 ? 2 : 4; }
 constexpr int kTileRows = tile_rows(1);
 
-// Whether a tile's rows lie apart, a share of the group from one to the next, and not side by side. Processors without
-// AVX-512 fetch ahead within a page alone: read from four pages at once, memory gives half as much again as from one.
-// They then do it better than if each row were asked for.
+// Whether a tile's rows lie apart, a share of the group from one to the next, and not side by side. The one
+// processor without AVX-512 that was measured (Zen 3) fetches ahead within a page alone: read from four pages at once,
+// memory gives half as much again as from one, and to ask for each row as well adds nothing.
 constexpr bool kSpreadRows = kFewRegisters;
 
 // Columns at a time: a tile's tokens of them, 24 KiB at most, stay in the first cache.
