@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _LOWEST_PRIORITY = 19
-_MAX_KEPT = 4096
+_REST_SECONDS = 1.0
 
 Proven = Mapping[str, Any]
 """What `adapters prove` writes of one adapter (`full_proof.FullProof`), or `error` alone where it could not."""
@@ -60,11 +60,17 @@ class IdleProofs:
         stats: Callable[[], EngineStats],
         *,
         idle_seconds: float,
+        retry_seconds: float = 60.0,
+        max_superseded: int = 4096,
     ) -> None:
+        """`retry_seconds`: the rest after a proof that could not be begun or kept, as on a full disk.
+        `max_superseded`: proofs that are kept of versions which no name means any more."""
         self._command = tuple(command)
         self._current = current
         self._stats = stats
         self._idle_seconds = idle_seconds
+        self._retry_seconds = retry_seconds
+        self._max_superseded = max_superseded
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._num_steps = -1
@@ -89,11 +95,30 @@ class IdleProofs:
         while not self._stopping.wait(_POLL_SECONDS):
             if self._seconds_idle() < self._idle_seconds:
                 continue
-            found = next((one for one in self._current() if one[0].digest not in self._proofs), None)
-            if found is not None:
-                self._prove(*found)
-            else:
-                self._stopping.wait(1.0)
+            try:
+                rest_seconds = 0.0 if self._prove_next() else _REST_SECONDS
+            except Exception:  # a full disk, say: whatever it is, the next try may do better
+                _logger.exception(
+                    "an adapter could not be proven; the next try is in %g s", self._retry_seconds
+                )
+                rest_seconds = self._retry_seconds
+            self._stopping.wait(rest_seconds)
+
+    def _prove_next(self) -> bool:
+        """Prove a version that has not been; False if there is none."""
+        current = tuple(self._current())
+        self._forget_superseded({adapter_id.digest for adapter_id, _ in current})
+        found = next((one for one in current if one[0].digest not in self._proofs), None)
+        if found is None:
+            return False
+        self._prove(*found)
+        return True
+
+    def _forget_superseded(self, current: Set[AdapterDigest]) -> None:
+        """Down to the bound, the oldest first. What names mean is no part of it: it would be proven again."""
+        superseded = [digest for digest in self._proofs if digest not in current]
+        for digest in superseded[: max(0, len(superseded) - self._max_superseded)]:
+            del self._proofs[digest]
 
     def _seconds_idle(self) -> float:
         """How long there has been no work; a step since the last look counts as work."""
@@ -116,20 +141,20 @@ class IdleProofs:
                     # A group of its own in our session: should we die while it is stopped, the system ends it.
                     process_group=0,
                 )
-            os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
-            if not self._wait(process):
-                return
-            self._proofs[adapter_id.digest] = _read(adapter_id, verdict, log)
-            if len(self._proofs) > _MAX_KEPT:
-                del self._proofs[next(iter(self._proofs))]
+            try:
+                os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
+                has_ended = self._wait(process)
+            finally:
+                process.kill()
+                process.wait()
+            if has_ended:
+                self._proofs[adapter_id.digest] = _read(adapter_id, verdict, log)
 
     def _wait(self, process: "subprocess.Popen[bytes]") -> bool:
-        """Let it run while there is no work, until it has ended; False where we end first."""
+        """Let it run while there is no work, until it has ended; False where we are to stop first."""
         is_stopped = False
         while process.poll() is None:
             if self._stopping.wait(_POLL_SECONDS):
-                process.kill()
-                process.wait()
                 return False
             is_busy = self._seconds_idle() < self._idle_seconds
             if is_busy != is_stopped:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from adapterd.idle_proofs import IdleProofs
 from tests.adapters_on_disk import until
 from tests.serving import served
 
-A, B = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "ab")
+A, B, C = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "abc")
 
 PROVER = """
 import json, os, sys, time
@@ -57,9 +57,15 @@ def make(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., 
     made: list[IdleProofs] = []
     monkeypatch.setenv("ADAPTERD_PORT", "8000")
 
-    def build(*current: tuple[AdapterId, Path]) -> IdleProofs:
-        command = (sys.executable, "-c", PROVER)
-        proofs = IdleProofs(command, lambda: current, work.stats, idle_seconds=0.2)
+    def build(
+        *named: tuple[AdapterId, Path],
+        current: Sequence[tuple[AdapterId, Path]] | None = None,
+        command: Sequence[str] = (sys.executable, "-c", PROVER),
+        **settings: Any,
+    ) -> IdleProofs:
+        """`current`, rather than `named`, where it is to change later."""
+        now = named if current is None else current
+        proofs = IdleProofs(command, lambda: now, work.stats, idle_seconds=0.2, **settings)
         made.append(proofs)
         proofs.start()
         return proofs
@@ -143,6 +149,38 @@ def test_what_cannot_be_proven_or_has_changed_is_said_and_not_tried_again(
     until(lambda: proofs.of(B.digest) is not None)
     assert proofs.of(A.digest) == {"error": "no adapter there"}
     assert proofs.of(B.digest) == {"error": f"its folder holds {'c' * 12} by now"}
+
+
+def test_what_hinders_one_try_does_not_end_the_tries(
+    make: Callable[..., IdleProofs], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go(tmp_path / "a")
+    prover = tmp_path / "prover"  # is not there at first, which is an OSError as a full disk is
+    proofs = make((A, tmp_path / "a"), command=(str(prover), "-c", PROVER), retry_seconds=0.05)
+    until(lambda: caplog.text.count("FileNotFoundError") >= 2)
+    assert proofs.of(A.digest) is None
+    prover.symlink_to(sys.executable)
+    until(lambda: proofs.of(A.digest) is not None)
+    assert proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"}
+
+
+def test_what_names_mean_is_proven_once_however_little_is_kept_and_what_they_meant_is_forgotten(
+    make: Callable[..., IdleProofs], tmp_path: Path
+) -> None:
+    for name in "abc":
+        let_go(tmp_path / name)
+    current = [(A, tmp_path / "a"), (B, tmp_path / "b")]
+    proofs = make(current=current, max_superseded=1)
+    until(lambda: proofs.of(B.digest) is not None)
+    (tmp_path / "a.pid").unlink()
+    (tmp_path / "b.pid").unlink()
+    time.sleep(1.5)
+    assert proofs.of(A.digest) is not None
+    current[:] = [(C, tmp_path / "c")]
+    until(lambda: proofs.of(C.digest) is not None)
+    until(lambda: proofs.of(A.digest) is None)
+    assert proofs.of(B.digest) is not None
+    assert sorted(path.name for path in tmp_path.glob("*.pid")) == ["c.pid"]
 
 
 def test_the_daemon_proves_its_adapters_and_their_cards_say_so() -> None:
