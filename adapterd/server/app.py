@@ -41,11 +41,12 @@ def create_app(
         async with state.running():
             yield
 
+    metrics_page = MetricsPage(state.metrics)
     app = Starlette(
-        routes=routes(state, allow_runtime_adapters=allow_runtime_adapters),
+        routes=routes(state, metrics_page, allow_runtime_adapters=allow_runtime_adapters),
         middleware=[
             Middleware(ClosingConnections, drain=state.drain),
-            Middleware(StraightToMetrics, page=MetricsPage(state.metrics)),
+            Middleware(StraightToMetrics, page=metrics_page),
             Middleware(RequestIds),
             Middleware(ApiKeys, keys=keys, without_key=without_key),
         ],
@@ -56,9 +57,8 @@ def create_app(
     return app
 
 
-def routes(state: ServerState, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
-    health, models, metrics_page = Health(state), Models(state), MetricsPage(state.metrics)
-    adapters = Adapters(state)
+def routes(state: ServerState, metrics_page: MetricsPage, *, allow_runtime_adapters: bool) -> list[BaseRoute]:
+    health, models, adapters = Health(state), Models(state), Adapters(state)
     vllm, sglang = VllmAdapters(state), SglangAdapters(state)
     served: list[BaseRoute] = [
         Route("/v1/chat/completions", Generate(state, CHAT), methods=["POST"]),

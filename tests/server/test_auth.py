@@ -6,7 +6,7 @@ import pytest
 from starlette.routing import Route
 
 from adapterd.errors import ConfigError
-from adapterd.server.app import routes
+from adapterd.server.app import create_app
 from adapterd.server.auth import OPEN_PATHS, check_exposure, without_key
 from adapterd.server.keys import KeyRing
 from adapterd.server.state import ServerState
@@ -105,7 +105,7 @@ async def test_every_route_that_changes_something_asks_for_an_admin(
     client_key = {"authorization": "Bearer first"}
     async with asking(state, keys=keys, without_key=None, allow_runtime_adapters=True) as client:
         changing = 0
-        for route in routes(state, allow_runtime_adapters=True):
+        for route in create_app(state, allow_runtime_adapters=True).routes:
             assert isinstance(route, Route)
             for method in (route.methods or set()) - {"GET", "HEAD"}:
                 if route.path not in GENERATES:

@@ -4,7 +4,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from adapterd.server.app import routes
+from adapterd.server.app import create_app
 from adapterd.server.openapi import openapi_document
 from adapterd.server.protocol import ChatCompletionRequest
 from adapterd.server.state import ServerState
@@ -13,7 +13,7 @@ from adapterd.server.state import ServerState
 def test_every_route_is_described_and_nothing_else(state: ServerState) -> None:
     served = {
         (route.path.replace(":path", ""), method.lower())
-        for route in routes(state, allow_runtime_adapters=True)
+        for route in create_app(state, allow_runtime_adapters=True).routes
         if isinstance(route, Route)
         for method in route.methods or ()
         if method != "HEAD"
