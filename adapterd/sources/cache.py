@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +54,6 @@ class SourceCache:
         self._partial = directory / "partial"
         self._downloader = downloader
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self.num_downloads = 0
-        self.num_hits = 0
-        self.num_evictions = 0
 
     def fetch(self, source: Source, hashes: Hashes = NO_HASHES) -> Cached:
         """The files of a remote source as they are now, downloaded unless these very files are here.
@@ -90,17 +85,11 @@ class SourceCache:
             self._evict(spare=cached.directory)
         except OSError as error:
             raise SourceFailed(f"the source {source} could not be kept in the cache: {error}") from error
-        with self._lock:
-            self.num_downloads += 1
         return cached
 
     def holds(self, directory: Path) -> bool:
         """Whether a directory is an object of this cache, and whole. Counts as a use of it."""
         return directory.parent == self.objects and self._whole(directory) is not None
-
-    def num_bytes(self) -> int:
-        """Bytes of what is kept. Looks at the disk."""
-        return sum(size for _, size, _ in self._listing())
 
     # Notes: what a source held
 
@@ -130,8 +119,6 @@ class SourceCache:
         files = self._whole(self.objects / name)
         if files is None:
             return None
-        with self._lock:
-            self.num_hits += 1
         return Cached(self.objects / name, parse_source(pinned)[0], files)
 
     # Objects
@@ -169,8 +156,6 @@ class SourceCache:
                 if total > self._max_bytes and directory != spare:
                     self._discard(directory)
                     total -= size
-                    with self._lock:
-                        self.num_evictions += 1
             kept = {path.name for path in self.objects.iterdir()}
             for path in self._sources.glob("*.json"):
                 with contextlib.suppress(OSError, ValueError):
