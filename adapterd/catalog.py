@@ -210,10 +210,9 @@ class Catalog:
         """Every spelling of a version that is in host memory or one of these."""
         with self._changed:
             return tuple(
-                LoadedName(spelling, adapter_id, version.rank, record.is_pinned)
+                LoadedName(spelling, adapter_id, _meanings(record)[spelling].rank, record.is_pinned)
                 for adapter_id in dict.fromkeys((*on_device, *self._host.ids()))
                 for spelling, record in self._meanings.get(adapter_id, {}).items()
-                for version in (_meanings(record)[spelling],)
             )
 
     def check_integrity(self) -> None:
