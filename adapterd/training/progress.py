@@ -21,7 +21,6 @@ class Progress:
 
     def __init__(self, first_step: int, max_steps: int, steps_per_epoch: int) -> None:
         self._first_step = first_step
-        self._max_steps = max_steps
         self._steps_per_epoch = steps_per_epoch
         self._began = self._last_line = time.monotonic()
         self.num_tokens = 0
