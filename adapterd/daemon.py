@@ -26,7 +26,7 @@ from adapterd.model.find import find_base
 from adapterd.model.runner import Runner
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
-from adapterd.residency import Spelling
+from adapterd.router_view import Spelling
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader

@@ -14,7 +14,7 @@ from adapterd.busiest import Busiest
 from adapterd.core import EngineStats, Request, ServerStats, Tier
 from adapterd.exposition import Family, Format, render
 from adapterd.request_record import RequestRecord
-from adapterd.residency import LoadedNames, Residency, Spelling
+from adapterd.router_view import LoadedNames, RouterViewCache, Spelling
 from adapterd.series import SERIES, Series, Snapshot
 
 MAX_ADAPTER_LABELS = 100
@@ -49,7 +49,7 @@ class Metrics:
         self._base_name = base_name
         self._engine_stats = engine_stats
         self._registry = registry
-        self._residency = Residency(base_name, spellings=spellings, more_spellings=more_spellings)
+        self._router_views = RouterViewCache(base_name, spellings=spellings, more_spellings=more_spellings)
         self._process = _Process(clock)
         self._lock = threading.Lock()  # guards all below
         self._families = {s.name: Family(s.name, s.help, s.kind, s.labels, s.buckets) for s in SERIES}
@@ -141,7 +141,7 @@ class Metrics:
             engine=engine,
             registry=registry,
             server=server,
-            router=self._residency.view(names, engine, registry, server),
+            router=self._router_views.view(names, engine, registry, server),
             process=self._process.values,
             now_seconds=self.clock(),
             labelled=self._busiest.chosen,

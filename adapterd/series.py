@@ -13,7 +13,7 @@ import adapterd
 from adapterd.busiest import OTHER
 from adapterd.core import EngineStats, RegistryStats, ServerStats
 from adapterd.exposition import Kind
-from adapterd.residency import Entry, RouterView
+from adapterd.router_view import Entry, RouterView
 
 # Each bucket of the first two is a hundred lines in every scrape.
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -125,7 +125,7 @@ def _info(s: Snapshot) -> Mapping[Labels, float]:
 
 # fmt: off
 SERIES: tuple[Series, ...] = (
-    # What routers read. Entries are adapters as clients spell them, so one adapter has two: see residency.py.
+    # What routers read. Entries are adapters as clients spell them, so one adapter has two: see router_view.py.
     _gauge("vllm:num_requests_waiting", "Sequences that wait to run.", _num_waiting),
     _gauge("vllm:num_requests_running", "Sequences that run.", lambda s: s.engine.num_running),
     _gauge("vllm:kv_cache_usage_perc", "Part of the KV memory in use, 0 to 1.", _kv_usage),

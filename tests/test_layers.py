@@ -14,7 +14,7 @@ PACKAGE = Path(adapterd.__file__).parent
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "errors", "file_names", "host_memory", "polling", "__init__"),
-    ("busiest", "exposition", "residency", "series", "request_record", "metrics"),
+    ("busiest", "exposition", "router_view", "series", "request_record", "metrics"),
     (
         *("config", "lora_modules", "peft_fields", "deltas", "proof", "model_name"),
         "messages",
@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 NO_TORCH = (
-    *("core", "config", "errors", "metrics", "series", "residency", "messages", "server", "cli"),
+    *("core", "config", "errors", "metrics", "series", "router_view", "messages", "server", "cli"),
     *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
     *("engine.detokenizer", "engine.outputs"),
     *("file_names", "host_memory", "manifest", "sources", "adapter_commands", "daemon_client"),

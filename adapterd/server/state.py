@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from adapterd.core import ServerStats
 from adapterd.errors import AdapterdError, BeingRead, Overloaded
-from adapterd.residency import PREFIXED, Spelling, spelled
+from adapterd.router_view import PREFIXED, Spelling, spelled
 from adapterd.server.change_pool import ChangePool
 from adapterd.server.drain import Drain
 from adapterd.server.in_use import AdaptersInUse

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from adapterd.residency import Spelling
+from adapterd.router_view import Spelling
 from adapterd.server.state import ServerState
 from tests.server.conftest import asking
 from tests.server.fakes import SUPPORT, FakeDaemon, FakeEntry

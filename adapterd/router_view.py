@@ -55,8 +55,8 @@ class RouterView:
     changed_unix: float
 
 
-class Residency:
-    """The view, made anew only when something of it may have changed."""
+class RouterViewCache:
+    """Keeps the view, and makes it anew when something of it may have changed."""
 
     def __init__(
         self,
