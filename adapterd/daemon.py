@@ -24,12 +24,14 @@ from adapterd.model.checkpoint import DtypeName, QuantizationName
 from adapterd.model.device_memory import DEFAULT_LORA_RANK
 from adapterd.model.find import find_base
 from adapterd.model.runner import Runner
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
 from adapterd.render import Renderer
 from adapterd.router_view import Spelling
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader
+from adapterd.sources.places import AdapterPlaces
 from adapterd.token_table import TokenTable
 
 _HOST_BYTES = 4
@@ -110,7 +112,7 @@ class Daemon:
         `modules` are adapters beside those of the settings' directories; without `sources` they come from nowhere
         else. `spellings` are those under which routers hear of resident adapters. Raises BaseRefused or ConfigError.
         """
-        allow, cache = open_sources(sources)
+        places = open_places(settings.adapters, modules, sources)
         fingerprint = base_fingerprint(find_base(settings.base))
         database = Database(state, base_fingerprint=fingerprint)
         base = load_base(
@@ -150,22 +152,14 @@ class Daemon:
             pins.dropped(adapter_id)
 
         registry = AdapterRegistry(
-            spec,
-            settings.adapters,
-            tokenizer=renderer.identity,
-            base_fingerprint=fingerprint,
+            AdaptedBase(spec, renderer.identity, fingerprint, base.weights),
+            places,
             on_drop=drop,
             check=lambda adapter: _check(runner, adapter, settings.max_lora_rank),
             database=database,
             host_bytes=host_bytes(settings, spec),
-            named=modules.folders,
             events=metrics,
-            allow=allow,
-            cache=cache,
-            manifest=None if sources is None else sources.manifest,
-            resolve=() if sources is None else sources.resolve,
             pins=pins,
-            base_weights=base.weights,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
         return cls(spec, renderer, registry, engine, metrics)
@@ -198,16 +192,20 @@ def _check(runner: Runner, adapter: Adapter, max_rank: int | None) -> None:
     check_fits(runner, adapter)
 
 
-def open_sources(settings: SourceSettings | None) -> tuple[AllowList, SourceCache | None]:
-    """What may be read, and a cache if some of that has to be downloaded. Raises ConfigError."""
-    if settings is None:
-        return AllowList(), None
-    allow = AllowList((*settings.allow_source, *allowed_by(settings.resolve)))
-    if not allow.allows_remote:
-        return allow, None
-    downloader = Downloader(allow, timeout_seconds=settings.download_timeout, max_bytes=settings.cache_size)
-    directory = default_cache() if settings.cache is None else settings.cache
-    return allow, SourceCache(directory, downloader, max_bytes=settings.cache_size)
+def open_places(
+    directories: Sequence[Path], modules: LoraModules, sources: SourceSettings | None
+) -> AdapterPlaces:
+    """Where adapters come from, with a cache if some have to be downloaded. Raises ConfigError."""
+    local = AdapterPlaces(directories, modules.folders)
+    if sources is None:
+        return local
+    allow = AllowList((*sources.allow_source, *allowed_by(sources.resolve)))
+    cache = None
+    if allow.allows_remote:
+        downloader = Downloader(allow, timeout_seconds=sources.download_timeout, max_bytes=sources.cache_size)
+        directory = default_cache() if sources.cache is None else sources.cache
+        cache = SourceCache(directory, downloader, max_bytes=sources.cache_size)
+    return replace(local, allow=allow, cache=cache, manifest=sources.manifest, resolve=sources.resolve)
 
 
 def default_cache() -> Path:

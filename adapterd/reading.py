@@ -7,21 +7,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import AdapterEvents, BaseSpec, Unobserved
-from adapterd.errors import AdapterdError, AdapterRefused, ConfigError, InvalidRequest
+from adapterd.errors import AdapterdError, AdapterRefused, InvalidRequest
 from adapterd.model_name import shown
 from adapterd.names import Version
 from adapterd.peft_deltas import BaseWeights
 from adapterd.peft_proof import AdapterProver
 from adapterd.peft_targets import Layouts
-from adapterd.sources.allow import AllowList
-from adapterd.sources.cache import SourceCache
+from adapterd.sources.places import AdapterPlaces
 from adapterd.sources.source import NO_HASHES, Hashes, Source, parse_source
 from adapterd.token_table import TokenizerIdentity
 from adapterd.watch import Signature, signature_of
@@ -45,40 +44,37 @@ class Files:
     hashes: Hashes
 
 
+@dataclass(frozen=True)
+class AdaptedBase:
+    """The base that adapters are read for. `fingerprint` is compared with the one that an adapter was made for;
+    `weights` are for adapters that are read beside the base's tensors. Both as in `adapter.read_adapter`."""
+
+    spec: BaseSpec
+    tokenizer: TokenizerIdentity
+    fingerprint: str | None = None
+    weights: BaseWeights | None = None
+
+
 class AdapterReader:
-    """Reads for one base: below `watched`, below the directories that `allow` names, and from the cache."""
+    """Reads for one base: below what is watched, below the directories that are allowed, and from the cache."""
 
     def __init__(
         self,
-        spec: BaseSpec,
-        directories: Sequence[Path],
+        base: AdaptedBase,
+        places: AdapterPlaces,
         *,
-        tokenizer: TokenizerIdentity,
-        base_fingerprint: str | None = None,
-        base_weights: BaseWeights | None = None,
         check: Callable[[Adapter], None] = lambda adapter: None,
         events: AdapterEvents | None = None,
-        allow: AllowList | None = None,
-        cache: SourceCache | None = None,
     ) -> None:
-        """`check` raises AdapterRefused for an adapter that can never fit. Without a `cache` nothing remote is read.
-
-        Raises ConfigError if one of `directories` is none.
-        """
-        for directory in directories:
-            if not directory.is_dir():
-                raise ConfigError(f"adapter directory {directory} does not exist", param="adapters")
-        self.watched = tuple(Path(os.path.abspath(directory)) for directory in directories)
-        self._allow = AllowList() if allow is None else allow
-        self._cache = cache
-        self._places = (*self.watched, *self._allow.roots)
-        self._roots = self._places if cache is None else (*self._places, cache.objects)
-        self._spec = spec
-        self._tokenizer = tokenizer
-        self._base_fingerprint = base_fingerprint
-        self._base_weights = base_weights
-        self._prover = AdapterProver(spec)
-        self._layouts = Layouts(spec)
+        """`places` are `found`. `check` raises AdapterRefused for an adapter that can never fit."""
+        self.directories = places.directories
+        self._base = base
+        self._allow = places.allow
+        self._cache = places.cache
+        self._local = (*places.directories, *places.named.values(), *places.allow.roots)
+        self._roots = self._local if self._cache is None else (*self._local, self._cache.objects)
+        self._prover = AdapterProver(base.spec)
+        self._layouts = Layouts(base.spec)
         self._check = check
         self._events: AdapterEvents = Unobserved() if events is None else events
         self._lock = threading.Lock()
@@ -106,7 +102,7 @@ class AdapterReader:
             cached = self._cache.fetch(source, hashes)
             signature = signature_of(cached.directory)
             return Files(cached.directory, self._cache.objects, signature, str(cached.source), hashes)
-        for root in self._places:
+        for root in self._local:
             for start in (root, Path.cwd()):
                 candidate = Path(os.path.normpath(start / source.path))
                 below = candidate.is_relative_to(root) or candidate.is_relative_to(root.resolve())
@@ -129,12 +125,12 @@ class AdapterReader:
         adapter = read_adapter(
             directory,
             name=name,
-            spec=self._spec,
-            tokenizer=self._tokenizer,
-            base_fingerprint=self._base_fingerprint,
+            spec=self._base.spec,
+            tokenizer=self._base.tokenizer,
+            base_fingerprint=self._base.fingerprint,
             root=root,
             hashes=hashes,
-            base_weights=self._base_weights,
+            base_weights=self._base.weights,
             prover=self._prover,
             layouts=self._layouts,
         )

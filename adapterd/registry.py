@@ -8,17 +8,16 @@ wait for them.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog, VersionUse
 from adapterd.changes import NameChanges
 from adapterd.composition import ResolvedModel
-from adapterd.core import AdapterEvents, AdapterId, AdapterMix, BaseSpec, LoadedName, RegistryStats
+from adapterd.core import AdapterEvents, AdapterId, AdapterMix, LoadedName, RegistryStats
 from adapterd.database import Database
 from adapterd.device_pins import DevicePins
 from adapterd.entries import AdapterEntry
@@ -31,13 +30,10 @@ from adapterd.lookup import Lookup, version_of
 from adapterd.manifest_owner import ManifestOwner, ManifestStatus
 from adapterd.model_name import shown
 from adapterd.names import NameRecord
-from adapterd.peft_deltas import BaseWeights
-from adapterd.reading import AdapterReader
+from adapterd.reading import AdaptedBase, AdapterReader
 from adapterd.readings import Readings
 from adapterd.resolving import ModelResolver
-from adapterd.sources.allow import AllowList
-from adapterd.sources.cache import SourceCache
-from adapterd.token_table import TokenizerIdentity
+from adapterd.sources.places import AdapterPlaces
 from adapterd.versions import Lease
 
 _logger = logging.getLogger(__name__)
@@ -54,44 +50,25 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        spec: BaseSpec,
-        directories: Sequence[Path],
+        base: AdaptedBase,
+        places: AdapterPlaces,
         *,
-        tokenizer: TokenizerIdentity,
-        base_fingerprint: str | None = None,
         poll_seconds: float = 1.0,
         on_drop: Callable[[AdapterId], None] = lambda adapter_id: None,
         check: Callable[[Adapter], None] = lambda adapter: None,
         database: Database | None = None,
         host_bytes: int | None = None,
         events: AdapterEvents | None = None,
-        named: Mapping[str, Path] = MappingProxyType({}),
-        allow: AllowList | None = None,
-        cache: SourceCache | None = None,
-        manifest: Path | None = None,
-        resolve: Sequence[str] = (),
         pins: DevicePins | None = None,
-        base_weights: BaseWeights | None = None,
     ) -> None:
-        """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left;
-        `named` are folders of one adapter each, beside the directories, and what they are called here;
-        `base_weights` is for adapters that are read beside the base's tensors (see `adapter.read_adapter`).
+        """`check` raises AdapterRefused for an adapter that can never fit; `on_drop` hears of versions that left.
 
         Without a `database` nothing is kept over a restart, without `host_bytes` all that is read stays in
-        memory, without a `cache` nothing is downloaded, without `pins` a pin is one of host memory alone. Raises
-        ConfigError if one of `directories` is none, or if `manifest` or a pattern of `resolve` cannot be understood.
+        memory, without `pins` a pin is one of host memory alone. Raises ConfigError if a watched place is no
+        directory, or if the manifest or a pattern of `resolve` cannot be understood.
         """
-        self._reader = AdapterReader(
-            spec,
-            [*directories, *named.values()],
-            tokenizer=tokenizer,
-            base_fingerprint=base_fingerprint,
-            base_weights=base_weights,
-            check=check,
-            events=events,
-            allow=allow,
-            cache=cache,
-        )
+        places, spec = places.found(), base.spec
+        self._reader = AdapterReader(base, places, check=check, events=events)
         self._pins = pins
         self._database = Database(None) if database is None else database
         self._catalog = Catalog(
@@ -103,20 +80,26 @@ class AdapterRegistry:
             events=events,
         )
         self._changes = NameChanges(self._catalog)
-        self._lookup = Lookup(self._catalog, spec.name, manifest)
-        self._loader = Loader(self._catalog, self._changes, self._reader, self._lookup)
+        self._lookup = Lookup(self._catalog, spec.name, places.manifest)
+        rooms = (self._catalog, self._changes, self._reader)
+        self._loader = Loader(*rooms, self._lookup)
         self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
         self._fetchers = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="adapter-fetch")
         self._readings = Readings(self._catalog, self._reader, self._pool, self._fetchers)
-        folders = FolderOwner(self._catalog, self._changes, self._reader)
-        roots = self._reader.watched[: len(directories)]
-        self._watcher = FolderWatcher(roots, folders, self._pool, poll_seconds=poll_seconds, named=named)
-        first_use = FirstUse(resolve, self._loader.load_first, self._fetchers)
+        self._watcher = FolderWatcher(
+            places.directories,
+            FolderOwner(*rooms),
+            self._pool,
+            poll_seconds=poll_seconds,
+            named=places.named,
+        )
+        first_use = FirstUse(places.resolve, self._loader.load_first, self._fetchers)
         self._resolver = ModelResolver(spec, self._catalog, self._lookup, self._readings, first_use)
         self._manifest = None
-        if manifest is not None:
-            rooms = (self._catalog, self._changes, self._reader, self._fetchers)
-            self._manifest = ManifestOwner(manifest, spec.name, *rooms, poll_seconds=poll_seconds)
+        if places.manifest is not None:
+            self._manifest = ManifestOwner(
+                places.manifest, spec.name, *rooms, self._fetchers, poll_seconds=poll_seconds
+            )
         for record in self._database.load():
             self._catalog.put(self._restored(record), save=False)
 

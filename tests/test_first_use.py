@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,11 +24,13 @@ from adapterd.first_use import (
     FirstUse,
     allowed_by,
 )
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader
 from adapterd.sources.hub import Hub
+from adapterd.sources.places import AdapterPlaces
 from adapterd.sources.source import Source
 from tests.adapters_on_disk import NO_TOKENIZER, SPEC, files, value_of, write
 from tests.sources.servers import hub_server
@@ -164,13 +165,12 @@ def test_what_can_be_no_pattern_is_refused(pattern: str) -> None:
 def make(tmp_path: Path) -> Iterator[Callable[..., AdapterRegistry]]:
     made: list[AdapterRegistry] = []
 
-    def call(endpoint: str, **settings: Any) -> AdapterRegistry:
+    def call(endpoint: str) -> AdapterRegistry:
         allow = AllowList(allowed_by(["hf://acme/*"]))
         downloader = Downloader(allow, places={"hf": lambda: Hub(endpoint)})
         cache = SourceCache(tmp_path / "cache", downloader)
-        registry = AdapterRegistry(
-            SPEC, [], tokenizer=NO_TOKENIZER, allow=allow, cache=cache, resolve=["hf://acme/*"], **settings
-        )
+        places = AdapterPlaces(allow=allow, cache=cache, resolve=["hf://acme/*"])
+        registry = AdapterRegistry(AdaptedBase(SPEC, NO_TOKENIZER), places)
         made.append(registry)
         registry.start()
         return registry

@@ -4,16 +4,17 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from adapterd.database import Database
 from adapterd.errors import AdapterRefused, ConfigError, Conflict, ModelNotFound
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader
+from adapterd.sources.places import AdapterPlaces
 from tests.adapters_on_disk import NO_TOKENIZER, SPEC, entry_of, files, serves, until, value_of, write
 from tests.sources.servers import Asked, Reply, web_server
 
@@ -34,18 +35,16 @@ def manifest(tmp_path: Path) -> Path:
 def make(root: Path, manifest: Path, tmp_path: Path) -> Iterator[Callable[..., AdapterRegistry]]:
     made: list[AdapterRegistry] = []
 
-    def call(**arguments: Any) -> AdapterRegistry:
+    def call(manifest: Path | None = manifest) -> AdapterRegistry:
         """Allowed is the loopback; the cache and the database are where they were before."""
         allow = AllowList(["http://127.0.0.1:*/*", str(tmp_path / "mounted")])
-        settings: dict[str, Any] = {
-            "tokenizer": NO_TOKENIZER,
-            "poll_seconds": 0.01,
-            "allow": allow,
-            "cache": SourceCache(tmp_path / "cache", Downloader(allow)),
-            "database": Database(tmp_path / "state"),
-            "manifest": manifest,
-        }
-        registry = AdapterRegistry(SPEC, [root], **(settings | arguments))
+        cache = SourceCache(tmp_path / "cache", Downloader(allow))
+        registry = AdapterRegistry(
+            AdaptedBase(SPEC, NO_TOKENIZER),
+            AdapterPlaces([root], allow=allow, cache=cache, manifest=manifest),
+            poll_seconds=0.01,
+            database=Database(tmp_path / "state"),
+        )
         made.append(registry)
         registry.start()
         assert registry.wait_loaded(20)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from adapterd.database import Database
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
+from adapterd.sources.places import AdapterPlaces
 from adapterd.token_table import TokenizerIdentity
 from tests.adapters_on_disk import NO_TOKENIZER, SPEC, value_of, write
 
@@ -26,7 +28,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def registry(root: Path, state: Path, tokenizer: TokenizerIdentity = NO_TOKENIZER) -> AdapterRegistry:
     host_bytes = 10 * 128  # ten adapters' worth
     made = AdapterRegistry(
-        SPEC, [root], tokenizer=tokenizer, poll_seconds=0.05, database=Database(state), host_bytes=host_bytes
+        AdaptedBase(SPEC, tokenizer),
+        AdapterPlaces([root]),
+        poll_seconds=0.05,
+        database=Database(state),
+        host_bytes=host_bytes,
     )
     made.start()
     assert made.wait_loaded(60)

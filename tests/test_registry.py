@@ -5,10 +5,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ from adapterd.errors import (
     Unavailable,
 )
 from adapterd.file_names import CONFIG_FILE
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
+from adapterd.sources.places import AdapterPlaces
 from adapterd.token_table import TokenizerIdentity
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -88,9 +91,17 @@ def dropped() -> list[AdapterId]:
 def make(root: Path, dropped: list[AdapterId]) -> Iterator[Callable[..., AdapterRegistry]]:
     made: list[AdapterRegistry] = []
 
-    def call(*, roots: Sequence[Path] = (root,), start: bool = True, **arguments: Any) -> AdapterRegistry:
-        settings = {"tokenizer": NO_TOKENIZER, "poll_seconds": 0.01, "on_drop": dropped.append} | arguments
-        registry = AdapterRegistry(SPEC, roots, **settings)
+    def call(
+        *directories: Path,
+        named: Mapping[str, Path] = MappingProxyType({}),
+        start: bool = True,
+        poll_seconds: float = 0.01,
+        **settings: Any,
+    ) -> AdapterRegistry:
+        base, places = AdaptedBase(SPEC, NO_TOKENIZER), AdapterPlaces(directories or [root], named)
+        registry = AdapterRegistry(
+            base, places, poll_seconds=poll_seconds, on_drop=dropped.append, **settings
+        )
         made.append(registry)
         if start:
             registry.start()
@@ -117,7 +128,7 @@ def test_adapters_there_at_the_start_are_served(root: Path, make: Callable[..., 
 
 
 def test_a_root_may_be_an_adapter_itself(root: Path, make: Callable[..., AdapterRegistry]) -> None:
-    registry = make(roots=[write(root / "support", 3.0)])
+    registry = make(write(root / "support", 3.0))
     assert value_of(registry, "mini:support") == 3.0
 
 
@@ -579,7 +590,7 @@ def test_restart_with_other_directories_forgets_what_was_below_the_old_ones(
     make(database=Database(tmp_path / "state")).stop()
     other = tmp_path / "other"
     write(other / "b", 2.0)
-    again = make(roots=[other], database=Database(tmp_path / "state"))
+    again = make(other, database=Database(tmp_path / "state"))
     assert [entry.name for entry in again.list()] == ["b"]
 
 
@@ -600,7 +611,33 @@ def test_refused_folder_is_looked_at_again_after_a_restart(
 
 def test_missing_directory_is_a_config_error(root: Path, make: Callable[..., AdapterRegistry]) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        make(roots=[root / "nowhere"])
+        make(root / "nowhere")
+
+
+def test_a_named_folder_may_be_given_from_where_the_daemon_was_started(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[..., AdapterRegistry],
+) -> None:
+    """Its weights are read again once they have left memory; and it is known after a restart."""
+    write(tmp_path / "elsewhere" / "v7", 7.0)
+    monkeypatch.chdir(tmp_path)
+    for num_reads_at_start in (1, 0):
+        named = {"support": Path("elsewhere") / "v7"}
+        registry = make(named=named, host_bytes=1, database=Database(tmp_path / "state"))
+        assert registry.stats().num_reads == num_reads_at_start
+        assert [value_of(registry, "support") for _ in range(2)] == [7.0, 7.0]
+        registry.stop()
+
+
+def test_what_lies_below_a_named_folder_is_watched_by_nobody(
+    root: Path, tmp_path: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    support = write(tmp_path / "support", 1.0)
+    registry = make(named={"support": support})
+    registry.load("draft", write(support / "draft", 2.0), inplace=False)
+    assert registry.entry("draft").owner == "runtime"
 
 
 def test_vanished_root_unloads_nothing(root: Path, make: Callable[..., AdapterRegistry]) -> None:

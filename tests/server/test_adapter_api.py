@@ -11,11 +11,13 @@ import httpx
 import pytest
 
 from adapterd.core import EngineStats
+from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
 from adapterd.server.state import ServerState
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader
+from adapterd.sources.places import AdapterPlaces
 from tests.adapters_on_disk import FINGERPRINT, NO_TOKENIZER, files, write
 from tests.adapters_on_disk import SPEC as ADAPTER_SPEC
 from tests.server.conftest import asking
@@ -63,13 +65,9 @@ def registry(root: Path, engine: DeviceMemory, tmp_path: Path) -> AdapterRegistr
     allow = AllowList(["http://127.0.0.1:*/*"])
     spec = replace(ADAPTER_SPEC, name=SPEC.name)
     return AdapterRegistry(
-        spec,
-        [root],
-        tokenizer=NO_TOKENIZER,
-        base_fingerprint=FINGERPRINT,
+        AdaptedBase(spec, NO_TOKENIZER, FINGERPRINT),
+        AdapterPlaces([root], allow=allow, cache=SourceCache(tmp_path / "cache", Downloader(allow))),
         on_drop=engine.retire,
-        allow=allow,
-        cache=SourceCache(tmp_path / "cache", Downloader(allow)),
     )
 
 
