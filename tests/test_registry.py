@@ -679,10 +679,11 @@ def test_storm_of_loads_unloads_and_requests_leaks_nothing(
                 try:
                     if turn % 7 == 0:
                         registry.unload(name)
-                    lease = registry.lease(registry.resolve(name).mix)
+                    resolved = registry.resolve(name)
                 except ModelNotFound:
                     continue
-                lease.release()
+                # What was resolved stays for as long as it is looked at, whatever the others do meanwhile.
+                registry.lease(resolved.mix).release()
         except BaseException as error:
             failures.append(error)
 
