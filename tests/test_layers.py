@@ -48,7 +48,7 @@ NO_TORCH = (
     *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
     *("engine.detokenizer", "engine.outputs"),
     *("file_names", "host_memory", "manifest", "sources", "adapter_commands", "daemon_client"),
-    *("engine.checks", "engine.engine", "engine.seams"),
+    *("engine.checks", "engine.engine", "engine.inbox", "engine.seams"),
 )
 
 

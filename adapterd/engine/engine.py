@@ -1,7 +1,7 @@
-"""The engine: one thread that turns the crank, and the hand-over between it and everyone else.
+"""The engine: one thread that turns the crank.
 
-`step` is the table of contents. Other threads only put requests and wishes into the inbox and read the stats;
-everything else belongs to the thread that steps.
+`step` is the table of contents. Other threads only put requests and wishes into the inbox (`inbox.py`) and read the
+stats; everything else belongs to the thread that steps.
 
 Where the runner lets a step be in flight, the next one is decided and launched before its tokens are known, so that
 the device never waits for what happens here. Whatever hangs on those tokens is put right once they are read: a
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from adapterd.core import (
     AdapterEvents,
     AdapterId,
-    AdapterMix,
     BaseSpec,
     Batch,
     EngineStats,
@@ -33,11 +32,11 @@ from adapterd.core import (
 from adapterd.engine.blocks import BlockPool
 from adapterd.engine.checks import RequestChecks
 from adapterd.engine.detokenizer import Vocabulary
+from adapterd.engine.inbox import Inbox
 from adapterd.engine.outputs import OutputBuilder, ended
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
 from adapterd.engine.seams import BatchRunner, EngineMemory, HostWeights, LaunchedStep
 from adapterd.engine.slots import AdapterSlots
-from adapterd.errors import Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -65,33 +64,26 @@ class Engine:
         self._runner = runner
         self._weights = weights
         self._memory = memory
-        self._max_queue = max_queue
         self._clock = clock
         self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
-        self._checks = RequestChecks(
-            memory, weights, vocab_size=spec.vocab_size, max_model_len=self.max_model_len
-        )
+        checks = RequestChecks(memory, weights, vocab_size=spec.vocab_size, max_model_len=self.max_model_len)
+        self._inbox = Inbox(checks, weights, max_queue=max_queue)
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
         self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
-        self._wished: list[AdapterMix] = []  # their weights are held until they are uploaded
+        self._wished: list[AdapterId] = []  # their weights are held until they are uploaded
         self._in_flight: deque[tuple[Batch, LaunchedStep]] = deque()
         self._to_deliver: list[Output] = []
         self._upload_began: dict[AdapterId, float] = {}
         self._upload_seconds = 0.0
-        runner.on_uploaded(lambda adapter_id, error: self._post(lambda: self._uploaded(adapter_id, error)))
-
-        self._changed = threading.Condition()
-        self._inbox: deque[Callable[[], None]] = deque()  # guarded by _changed, as all below
-        self._pinned_pages: dict[AdapterId, int] = {}
-        self._num_submitted = 0
-        self._stopping = False
         self._thread: threading.Thread | None = None
-        self._failed: str | None = None
         self._num_steps = 0
         self._num_tokens_computed = 0
         self._stats = self._snapshot()
+        runner.on_uploaded(
+            lambda adapter_id, error: self._inbox.post(lambda: self._uploaded(adapter_id, error))
+        )
 
     # What other threads call.
 
@@ -102,36 +94,16 @@ class Engine:
         cannot hold its adapters together), Overloaded (queue full, or adapter memory full of pinned ones) or
         Unavailable (engine dead or stopping).
         """
-        self._checks.check_length(len(request.prompt_token_ids), request.params.max_tokens)
-        self._checks.check_token_ids(request)
-        pages = self._checks.pages_of(request.mix)
-        with self._changed:
-            self._checks.check_beside_pinned(pages, self._pinned_pages)
-            if self._failed is not None:
-                raise Unavailable(f"the engine has stopped: {self._failed}")
-            if self._stopping:
-                raise Unavailable("the engine is stopping")
-            num_waiting = self._stats.num_waiting + self._num_submitted
-            if num_waiting + request.num_sequences > self._max_queue:
-                raise Overloaded(
-                    f"{num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
-                    "try again in a moment"
-                )
-            for _ in range(request.num_sequences):
-                self._weights.hold(request.mix)
-            self._num_submitted += request.num_sequences
-            self._inbox.append(lambda: self._begin(request))
-            self._changed.notify()
+        self._inbox.submit(request, lambda: self._begin(request))
 
     def abort(self, request_id: RequestId) -> None:
         """Free a request's sequences before the next step. Finished and unknown ids are harmless."""
-        self._post(lambda: self._abort(request_id))
+        self._inbox.post(lambda: self._abort(request_id))
 
     def retire(self, adapter_id: AdapterId) -> None:
         """A version nobody will ask for again, pinned or not: free its device memory as soon as nothing runs it."""
-        with self._changed:
-            self._pinned_pages.pop(adapter_id, None)
-        self._post(lambda: self._scheduler.residency.retire(adapter_id))
+        self._inbox.unpin(adapter_id)
+        self._inbox.post(lambda: self._scheduler.residency.retire(adapter_id))
 
     def pin(self, adapter_id: AdapterId) -> None:
         """Upload a version that the caller has leased before all others, and keep it in adapter memory.
@@ -139,29 +111,21 @@ class Engine:
         Returns at once; the stats tell when it is there. Pinning twice is harmless. Raises AdapterRefused (larger
         than all adapter memory) or Overloaded (too little is left beside what is pinned).
         """
-        mix = alone(adapter_id)
-        pages = self._checks.pages_of(mix)
-        with self._changed:
-            self._checks.check_beside_pinned(pages, self._pinned_pages)
-            self._pinned_pages |= pages
-        self._wish(mix, lambda: self._scheduler.residency.pin(adapter_id))
+        pin = self._scheduler.residency.pin
+        self._inbox.bring(adapter_id, lambda: self._wish(adapter_id, pin), pinned=True)
 
     def unpin(self, adapter_id: AdapterId) -> None:
         """From now on the version may leave like any other. Harmless if it is not pinned."""
-        with self._changed:
-            self._pinned_pages.pop(adapter_id, None)
-        self._post(lambda: self._scheduler.residency.unpin(adapter_id))
+        self._inbox.unpin(adapter_id)
+        self._inbox.post(lambda: self._scheduler.residency.unpin(adapter_id))
 
     def prefetch(self, adapter_id: AdapterId) -> None:
         """Upload a version that the caller has leased, if there is room that no waiting sequence needs.
 
         Raises AdapterRefused or Overloaded as `pin` does.
         """
-        mix = alone(adapter_id)
-        pages = self._checks.pages_of(mix)
-        with self._changed:
-            self._checks.check_beside_pinned(pages, self._pinned_pages)
-        self._wish(mix, lambda: self._scheduler.residency.prefetch(adapter_id))
+        prefetch = self._scheduler.residency.prefetch
+        self._inbox.bring(adapter_id, lambda: self._wish(adapter_id, prefetch), pinned=False)
 
     def stats(self) -> EngineStats:
         """The counters as of the last step."""
@@ -176,9 +140,7 @@ class Engine:
 
     def stop(self) -> None:
         """End the thread after the steps it is in. Unfinished requests get no more outputs."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        self._inbox.stop()
         if self._thread is not None:
             self._thread.join()
 
@@ -199,11 +161,11 @@ class Engine:
 
     def has_work(self) -> bool:
         return bool(
-            self._inbox
-            or self._in_flight
+            self._in_flight
             or self._scheduler.running
             or self._scheduler.waiting
             or self._slots.num_uploading
+            or not self._inbox.is_empty
         )
 
     def check_integrity(self) -> None:
@@ -225,43 +187,28 @@ class Engine:
             deliver(self._fail(f"{type(error).__name__} in the engine"))
 
     def _wait_for_work(self) -> bool:
-        with self._changed:
-            while not self._stopping and not self.has_work():
-                # Woken at times without work, so that the heartbeat shows a living thread.
-                self._changed.wait(timeout=1.0)
-                self._stats = self._snapshot()
-            return not self._stopping
+        while not self._inbox.is_stopping and not self.has_work():
+            # Woken at times without work, so that the heartbeat shows a living thread.
+            self._inbox.wait(1.0)
+            self._publish_stats()
+        return not self._inbox.is_stopping
 
     def _wait_for_uploads(self) -> None:
         """Nothing could be computed: sleep until an adapter has come, for a bounded time, since waits have ends."""
-        with self._changed:
-            if not self._inbox and not self._stopping and self.has_work():
-                self._changed.wait(timeout=_UPLOAD_POLL_SECONDS)
+        if self.has_work():
+            self._inbox.wait(_UPLOAD_POLL_SECONDS)
 
-    def _post(self, wish: Callable[[], None]) -> None:
-        with self._changed:
-            self._inbox.append(wish)
-            self._changed.notify()
-
-    def _wish(self, mix: AdapterMix, wish: Callable[[], None]) -> None:
-        """Post a wish for a leased adapter, whose weights are held until it is uploaded or the wish is void."""
-
-        def take() -> None:
-            self._wished.append(mix)
-            wish()
-
-        with self._changed:
-            self._weights.hold(mix)
-            self._inbox.append(take)
-            self._changed.notify()
+    def _wish(self, adapter_id: AdapterId, tell: Callable[[AdapterId], None]) -> None:
+        """An adapter's weights are held until it is uploaded, or the wish for it is void."""
+        self._wished.append(adapter_id)
+        tell(adapter_id)
 
     def _release_wished(self) -> None:
         """The runner has taken the weights of whatever was to be uploaded; pins that found no room go on waiting."""
-        residency = self._scheduler.residency
-        waiting = [mix for mix in self._wished if residency.is_wanted(mix[0][0])]
-        for mix in self._wished:
-            if mix not in waiting:
-                self._weights.release(mix)
+        waiting = [wished for wished in self._wished if self._scheduler.residency.is_wanted(wished)]
+        for adapter_id in self._wished:
+            if adapter_id not in waiting:
+                self._weights.release(alone(adapter_id))
         self._wished = waiting
 
     def _uploaded(self, adapter_id: AdapterId, error: str | None) -> None:
@@ -269,8 +216,7 @@ class Engine:
         if error is None:
             self._slots.arrived(adapter_id)
             return
-        with self._changed:
-            self._pinned_pages.pop(adapter_id, None)
+        self._inbox.unpin(adapter_id)
         for sequence in self._scheduler.upload_failed(adapter_id):
             self._refuse(sequence, "error", f"the adapter {adapter_id.name!r} could not be uploaded: {error}")
 
@@ -280,7 +226,7 @@ class Engine:
         self._to_deliver.append(ended(sequence, reason, error))
 
     def _schedule(self) -> Batch:
-        num_taken = self._take_inbox()
+        num_taken = self._do_what_was_asked()
         batch = self._scheduler.schedule()
         if batch is None:
             self._collect(max_left=0)
@@ -291,10 +237,8 @@ class Engine:
             self._refuse(
                 sequence, "overloaded", "pinned adapters take the memory that this request's adapter needs"
             )
-        with self._changed:
-            # From here on the stats say who waits: a long step must not hide anyone from the queue's bound.
-            self._num_submitted -= num_taken
-            self._stats = self._snapshot()
+        # From here on the stats say who waits: a long step must not hide anyone from the queue's bound.
+        self._publish_stats(num_taken=num_taken)
         return batch
 
     def _launch(self, batch: Batch) -> None:
@@ -314,16 +258,13 @@ class Engine:
             self._num_steps += 1
             self._num_tokens_computed += batch.num_tokens
 
-    def _publish_stats(self) -> None:
-        stats = self._snapshot()
-        with self._changed:
-            self._stats = stats
+    def _publish_stats(self, *, num_taken: int = 0) -> None:
+        self._stats = self._snapshot()
+        self._inbox.seen_waiting(self._stats.num_waiting, num_taken=num_taken)
 
-    def _take_inbox(self) -> int:
-        """Do what other threads asked for; returns how many sequences they had submitted."""
-        with self._changed:
-            wishes, self._inbox = self._inbox, deque()
-            num_taken = self._num_submitted
+    def _do_what_was_asked(self) -> int:
+        """Returns how many sequences were submitted with it."""
+        wishes, num_taken = self._inbox.take()
         for wish in wishes:
             wish()
         return num_taken
@@ -344,9 +285,8 @@ class Engine:
         self._weights.release(sequence.mix)
 
     def _fail(self, reason: str) -> list[Output]:
-        with self._changed:
-            self._failed = reason
-        self._take_inbox()
+        self._inbox.fail(reason)
+        self._do_what_was_asked()
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
         self._stats = self._snapshot()
         # What had been read by then stands, the ends of those that run no more among it.
@@ -377,7 +317,7 @@ class Engine:
             num_evictions=self._slots.num_evictions,
             num_steps_with_edits=self._runner.num_steps_with_edits,
             heartbeat_seconds=self._clock(),
-            failed=self._failed,
+            failed=self._inbox.failed,
             pinned=self._slots.pinned,
             num_uploading=self._slots.num_uploading,
             upload_seconds=self._upload_seconds,
