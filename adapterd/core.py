@@ -275,7 +275,7 @@ class EngineStats:
     Held memory belongs to sequences that are running. Cached KV blocks and idle resident adapters are not
     held: the next request may take their place. `adapter_bytes_resident` counts adapters on their way too,
     `resident` only those that have arrived, and `resident_bytes` are those of each of them; `waiting` tells the
-    queue by what its sequences run; `upload_seconds` is the time of all uploads so far, one by one.
+    queue by what its sequences run.
     """
 
     num_waiting: int
@@ -302,7 +302,6 @@ class EngineStats:
     failed: str | None
     pinned: tuple[AdapterId, ...] = ()
     num_uploading: int = 0
-    upload_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -323,7 +322,6 @@ class RegistryStats:
     num_host_misses: int
     num_host_evictions: int
     num_reads: int
-    read_seconds: float
     median_bytes: int
     num_changes: int
 

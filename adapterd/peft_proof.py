@@ -30,7 +30,6 @@ _EXACT = 1e-5
 """Of a module's largest output: float32 sums in another order differ by some 1e-7, a wrong scale by more than 1e-2."""
 _BOUND = {"float32": _EXACT, "float16": 2.0**-7, "bfloat16": 2.0**-4}
 """What rounding both factors to the base's type may change of a module's largest output."""
-_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _MAX_KEPT = 4096
 _MAX_TOGETHER = 1 << 22
 """Elements of factors that are computed together: what a proof takes of memory is a few times their float32."""

@@ -79,7 +79,6 @@ class AdapterReader:
         self._events: AdapterEvents = Unobserved() if events is None else events
         self._lock = threading.Lock()
         self.num_reads = 0
-        self.seconds = 0.0
 
     def may_read(self, root: Path, source: str | None) -> bool:
         """Whether what was read before, below `root` and perhaps from a remote source, may still be read."""
@@ -135,11 +134,9 @@ class AdapterReader:
             layouts=self._layouts,
         )
         self._check(adapter)
-        seconds = time.monotonic() - began
         with self._lock:
             self.num_reads += 1
-            self.seconds += seconds
-        self._events.adapter_loaded(name, "host", seconds)
+        self._events.adapter_loaded(name, "host", time.monotonic() - began)
         return adapter
 
     def try_read(self, name: str, read: Callable[[], T]) -> T | str:

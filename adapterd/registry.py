@@ -318,7 +318,6 @@ class AdapterRegistry:
             num_host_misses=host.num_misses,
             num_host_evictions=host.num_evictions,
             num_reads=self._reader.num_reads,
-            read_seconds=self._reader.seconds,
             median_bytes=host.median_bytes,
             num_changes=host.num_changes,
         )

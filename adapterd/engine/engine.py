@@ -75,8 +75,6 @@ class Engine:
         self._wished: list[AdapterId] = []  # their weights are held until they are uploaded
         self._in_flight: deque[tuple[Batch, LaunchedStep]] = deque()
         self._to_deliver: list[Output] = []
-        self._upload_began: dict[AdapterId, float] = {}
-        self._upload_seconds = 0.0
         self._thread: threading.Thread | None = None
         self._num_steps = 0
         self._num_tokens_computed = 0
@@ -212,7 +210,6 @@ class Engine:
         self._wished = waiting
 
     def _uploaded(self, adapter_id: AdapterId, error: str | None) -> None:
-        self._upload_seconds += self._clock() - self._upload_began.pop(adapter_id)
         if error is None:
             self._slots.arrived(adapter_id)
             return
@@ -232,7 +229,6 @@ class Engine:
             self._collect(max_left=0)
             batch = self._scheduler.schedule()
             assert batch is not None
-        self._upload_began |= dict.fromkeys(batch.uploads, self._clock())
         for sequence in self._scheduler.take_refused():
             self._refuse(
                 sequence, "overloaded", "pinned adapters take the memory that this request's adapter needs"
@@ -320,7 +316,6 @@ class Engine:
             failed=self._inbox.failed,
             pinned=self._slots.pinned,
             num_uploading=self._slots.num_uploading,
-            upload_seconds=self._upload_seconds,
         )
 
 

@@ -416,7 +416,6 @@ def test_step_that_can_compute_nothing_waits_for_the_upload_and_not_longer(
     runner.tell(mix("a")[0][0], None)
     mailbox.wait_for_end("r")
     until(lambda: engine.stats().adapter_bytes_held == 0)
-    assert engine.stats().upload_seconds > 0.1
 
 
 def test_others_go_on_while_an_adapter_is_on_its_way(engine: Engine, runner: FakeRunner) -> None:

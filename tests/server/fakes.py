@@ -72,7 +72,6 @@ REGISTRY_STATS = RegistryStats(
     num_host_misses=1,
     num_host_evictions=0,
     num_reads=1,
-    read_seconds=0.25,
     median_bytes=80,
     num_changes=1,
 )
