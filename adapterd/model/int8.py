@@ -4,7 +4,9 @@
 
 Only the weights are rounded, once, at load: a product is the sum of values * x in float32, then scaled. So a server of
 an int8 base computes what PEFT computes over the same base with these weights written out, and adapters stay as they
-are. Half the bytes of a 16-bit base: on a machine that waits for memory, nearly half the time of a step.
+are. Half the bytes of a 16-bit base: on a machine that waits for memory, nearly half the time of a step. On processors
+without instructions for bfloat16, x of that type is multiplied as whole numbers of 16 bits (native/fixed.h says what
+that may cost, and tests/model/test_int8.py holds it to it).
 """
 
 import logging

@@ -120,7 +120,7 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
       prefetch_rows(values + (run.slot + i) * value_stride + kv_head * shape.value_dim, value_stride, count,
                     shape.value_dim);
       for (int64_t k = 0; k < shape.key_dim; k += kChunk<T>) {
-        dot_group<T>(count, here + k, key_stride, scratch.query.data() + k, width, rows,
+        dot_group(count, here + k, key_stride, scratch.query.data() + k, width, rows,
                      std::min(kChunk<T>, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
                      here + kGroupRows * key_stride + k);
       }

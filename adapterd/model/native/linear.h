@@ -3,11 +3,7 @@
 
 #pragma once
 
-#include "threads.h"
 #include "whole.h"
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <vector>
@@ -19,29 +15,6 @@ constexpr int64_t kUnitBytes = 1 << 16;
 
 constexpr int64_t kFewTokens = 48;
 constexpr int64_t kManyRows = 64;
-
-// Rows of x as every tile reads them.
-template <typename T>
-struct PreparedRows {
-  at::Tensor storage;
-  const Prepared<T>* data;
-  int64_t stride;
-};
-
-// x: [tokens, n], contiguous. It is used where it lies if nothing needs to be done to it.
-template <typename T>
-PreparedRows<T> prepare_rows(const T* x, int64_t tokens, int64_t n) {
-  if constexpr (std::is_same_v<Prepared<T>, T>) {
-    if (sizeof(T) == 2 && n % kBlock == 0) return {{}, x, n};
-  }
-  const int64_t stride = prepared_stride(n);
-  at::Tensor storage = at::empty({tokens * stride * static_cast<int64_t>(sizeof(Prepared<T>))}, at::kByte);
-  auto* out = reinterpret_cast<Prepared<T>*>(storage.mutable_data_ptr<uint8_t>());
-  share_ranges(tokens, n, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) prepare_row(x + t * n, n, out + t * stride);
-  });
-  return {storage, out, stride};
-}
 
 // y [tokens, d_out] = x w^T + bias, for one of several linears that read the same x. A weight of whole numbers has
 // `whole` in place of w, and a scale for each row: its products are taken as they are, and their sums are scaled.
@@ -62,13 +35,13 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
                    int64_t group_rows, int64_t begin, int64_t end, const T* after) {
   thread_local std::vector<float> sums;
   sums.resize(tokens * group_rows);
-  const int64_t columns = product.whole ? kChunk<T> : chunk_columns<T>(tokens);
+  const int64_t columns = product.whole && !kFixesInput<T> ? kChunk<T> : chunk_columns<T>(tokens);
   for (int64_t row = begin; row < end; row += group_rows) {
     const int rows = static_cast<int>(std::min(group_rows, end - row));
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = 0; k < d_in; k += columns) {
       if (product.whole) {
-        dot_whole<T>(product.whole + row * d_in + k, d_in, rows, product.d_out - row - rows, x.data + k, x.stride, tokens,
+        dot_whole(product.whole + row * d_in + k, d_in, rows, product.d_out - row - rows, x, k, tokens,
                   std::min(columns, d_in - k), sums.data(), group_rows);
         continue;
       }
@@ -79,7 +52,7 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
       } else if (row + group_rows < end) {
         next = row + 2 * group_rows <= product.d_out ? product.w + (row + group_rows) * d_in : nullptr;
       }
-      dot_group<T>(rows, here, d_in, x.data + k, x.stride, tokens, std::min(columns, d_in - k), sums.data(),
+      dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(columns, d_in - k), sums.data(),
                 group_rows, next);
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -108,7 +81,8 @@ std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, 
   const int64_t threads = at::get_num_threads();
   const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
   const bool many = tokens > kFewTokens && total >= 4 * threads * kManyRows;
-  *group_rows = many ? kManyRows : kSpreadRows ? 2 * kGroupRows : whole ? kTileRows : kGroupRows;
+  const bool looked_up = whole && !kFixesInput<T>;
+  *group_rows = many ? kManyRows : kSpreadRows ? 2 * kGroupRows : looked_up ? kTileRows : kGroupRows;
   const int64_t row_bytes = d_in * static_cast<int64_t>(whole ? sizeof(int8_t) : sizeof(T));
   const int64_t groups_at_once = std::max<int64_t>(1, kUnitBytes / (*group_rows * row_bytes));
   const int64_t step = *group_rows * groups_at_once;

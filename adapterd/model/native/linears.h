@@ -31,7 +31,6 @@ inline Additions checked_additions(const at::Tensor& table, int64_t first, int64
 template <typename T>
 void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>& additions, const T* x, int64_t tokens,
                  int64_t d_in, bool multiply) {
-  const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in);
   int64_t num_h = 0;
   int64_t rank_rows = 0;
   for (const Additions& a : additions) num_h += shrunk_size(a.entries, a.count);
@@ -44,6 +43,10 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
     h += shrunk_size(a.entries, a.count);
     for (const LoraEntry* e = a.entries; e != a.entries + a.count; ++e) rank_rows += e->rank * (e->end - e->start + 4);
   }
+
+  const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
+  const bool plain = !shrinks.empty() || std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.w; });
+  const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in, plain, whole);
 
   int64_t group_rows = 0;
   std::vector<ProductUnit> units;

@@ -61,22 +61,6 @@ inline Vec load_second(const float* p) { return load_as<Vec>(p + kLanes); }
 inline Vec load_first(const bf16* p) { return bits<Vec>(load_as<Words>(p) << 16); }
 inline Vec load_second(const bf16* p) { return bits<Vec>(load_as<Words>(p) & 0xffff0000u); }
 
-// Whole numbers of 8 bits, split as bfloat16 is: each word holds two neighbours in 16 bits.
-inline Ints load_neighbours(const int8_t* p) {
-#if defined(__AVX512BW__)
-  return bits<Ints>(_mm512_cvtepi8_epi16(load_as<__m256i>(p)));
-#elif defined(__AVX2__)
-  return bits<Ints>(_mm256_cvtepi8_epi16(load_as<__m128i>(p)));  // which compilers make of halves otherwise
-#else
-  using Bytes = int8_t __attribute__((vector_size(kBlock)));
-  using Shorts = int16_t __attribute__((vector_size(2 * kBlock)));
-  return bits<Ints>(__builtin_convertvector(load_as<Bytes>(p), Shorts));
-#endif
-}
-
-inline Vec load_first(const int8_t* p) { return __builtin_convertvector(load_neighbours(p) << 16 >> 16, Vec); }
-inline Vec load_second(const int8_t* p) { return __builtin_convertvector(load_neighbours(p) >> 16, Vec); }
-
 template <typename T>
 inline Pair load_pair(const T* p) {
   return {load_first(p), load_second(p)};

@@ -1,11 +1,12 @@
 // Products of weights that are whole numbers of 8 bits: dot, as in tiles.h, for rows of int8.
 //
-// A whole number is exact in bfloat16, so it becomes one, and the rest is the same product. For few tokens it does so in
-// registers; for many, four rows at a time are written out in the first cache, or more in the second, and met from there.
+// Where an instruction multiplies bfloat16, they become such, in which a whole number is exact: for few tokens in
+// registers, for many written out, four rows at a time in the first cache or more in the second. Elsewhere x becomes
+// whole numbers too (fixed.h), but for one of float32, for which weights are written out as well.
 
 #pragma once
 
-#include "tiles.h"
+#include "prepared.h"
 
 #include <vector>
 
@@ -13,6 +14,9 @@ namespace adapterd {
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr int64_t kWholeBlock = 64;  // whole numbers in a vector
+
+// Tokens up to which whole numbers become bfloat16 anew in each pass: cheaper than to write them out.
+constexpr int64_t kRegisterTokens = 2 * kTileTokens;
 
 // The bytes of the bfloat16 of 0 to 127, and the order in which a vector's halves are to be taken apart.
 struct WholeTables {
@@ -109,7 +113,7 @@ inline void unpack(const int8_t* from, int64_t n, bf16* to) {
   }
   for (; k < n; ++k) out[k] = static_cast<uint16_t>(bits<uint32_t>(static_cast<float>(from[k])) >> 16);
 }
-#else
+#elif defined(__AVX512BF16__)
 // bfloat16 is the upper half of float32.
 inline void unpack(const int8_t* from, int64_t n, bf16* to) {
   auto* out = reinterpret_cast<uint16_t*>(to);
@@ -120,9 +124,6 @@ inline void unpack(const int8_t* from, int64_t n, bf16* to) {
 inline void unpack(const int8_t* from, int64_t n, float* to) {
   for (int64_t k = 0; k < n; ++k) to[k] = static_cast<float>(from[k]);
 }
-
-// Passes over the tokens up to which whole numbers become bfloat16 anew in each: cheaper than to write them out.
-constexpr int64_t kRegisterTokens = 2 * kTileTokens;
 
 // From one row that is written out to the next: never a multiple of 4096 bytes.
 template <typename T>
@@ -137,14 +138,19 @@ void dot_whole_written(const int8_t* w, int64_t ldw, int rows, int64_t left, con
     if (j < left) prefetch_rows(w + (rows + j) * ldw, ldw, 1, n);
     unpack(w + j * ldw, n, written.data() + j * kUnpackedStride<T>);
   }
-  dot_group<T>(rows, written.data(), kUnpackedStride<T>, x, ldx, tokens, n, out, ldo, nullptr);
+  dot_group(rows, written.data(), kUnpackedStride<T>, x, ldx, tokens, n, out, ldo, nullptr);
 }
 
-// out[i * ldo + j] += the product over columns [0, n), for j < rows and any number of tokens; n <= kChunk. `left` rows
-// follow these, which will be multiplied next as like as not.
+// out[i * ldo + j] += the product over columns [k, k + n), for j < rows and any number of tokens; w begins at column k,
+// and n <= kChunk but where x is fixed. `left` rows follow these, which will be multiplied next as like as not.
 template <typename T>
-void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const Prepared<T>* x, int64_t ldx, int64_t tokens,
+void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const PreparedRows<T>& x, int64_t k, int64_t tokens,
                int64_t n, float* out, int64_t ldo) {
+  if constexpr (kFixesInput<T>) {
+    dot_group(rows, w, ldw, x.fixed + k / kFixedColumns, x.fixed_stride, tokens, n, out, ldo,
+              left >= rows ? w + rows * ldw : nullptr);
+    return;
+  }
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
   if constexpr (std::is_same_v<T, bf16>) {
     if (rows == kTileRows && tokens <= kRegisterTokens && n % kWholeBlock == 0) {
@@ -154,20 +160,17 @@ void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const Prepa
       for (int64_t start = 0, pass = 0; pass < passes; ++pass) {
         const int count = static_cast<int>((tokens - start + passes - pass - 1) / (passes - pass));
         const int ahead = pass == 0 ? static_cast<int>(std::min<int64_t>(left, rows)) : 0;
-        dot_whole_tokens(count, w, ldw, x + start * ldx, ldx, n, out + start * ldo, ldo, ahead, rows, here);
+        dot_whole_tokens(count, w, ldw, x.data + start * x.stride + k, x.stride, n, out + start * ldo, ldo, ahead, rows,
+                         here);
         start += count;
       }
       return;
     }
   }
-#elif !defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (tokens <= kRegisterTokens) {
-      return dot_group<T>(rows, w, ldw, x, ldx, tokens, n, out, ldo, left >= rows ? w + rows * ldw : nullptr);
-    }
-  }
 #endif
-  dot_whole_written<T>(w, ldw, rows, left, x, ldx, tokens, n, out, ldo);
+  if constexpr (!kFixesInput<T>) {
+    dot_whole_written<T>(w, ldw, rows, left, x.data + k, x.stride, tokens, n, out, ldo);
+  }
 }
 
 }  // namespace adapterd
