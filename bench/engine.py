@@ -145,7 +145,7 @@ def _profile(bench: Bench, concurrency: int, num_adapters: int, prompt: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     result: dict[str, Any] = {"bench": "engine", "machine": machine()}
     concurrencies = [int(count) for count in arguments.concurrency.split(",")]
     adapter_counts = [int(count) for count in arguments.adapters.split(",")]
@@ -215,7 +215,7 @@ def _line(concurrency: int, count: int, run: dict[str, Any]) -> str:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.engine",
         description=__doc__,

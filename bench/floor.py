@@ -145,7 +145,7 @@ def floors(shape: Shape, bandwidth: float, rate: float, *, rank: int, weight_byt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     device = torch.device(arguments.device)
     cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
     shape = shape_of(SHAPES[arguments.shape]())
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.floor",
         description=__doc__,

@@ -175,7 +175,7 @@ def compare_int8(out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(not all_passed)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_all",
         description=__doc__,

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined, so before the imports below
 
 import torch
 import triton
@@ -204,16 +205,7 @@ def table(found: Sequence[Compiled]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts")
-    parser.add_argument("--dtypes", default="bfloat16")
-    parser.add_argument("--cases", help="other batches and popularities than the part has")
-    parser.add_argument("--capability", type=int, choices=sorted(_SHARED_BYTES), default=90)
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     torch.set_grad_enabled(False)
     is_good = True
     result: dict[str, Any] = {"bench": "gpu_compile", "capability": arguments.capability, "parts": {}}
@@ -234,6 +226,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["max_resident_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(result))
     return int(not is_good)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default=",".join(PARTS), help="some of the parts")
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--cases", help="other batches and popularities than the part has")
+    parser.add_argument("--capability", type=int, choices=sorted(_SHARED_BYTES), default=90)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

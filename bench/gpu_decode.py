@@ -249,7 +249,7 @@ def measure_profiles(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     cases = [Case.parse(text) for text in arguments.cases.split(",")]
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     shape = shape_of(config_of(arguments.shape, arguments.layers))
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(report.failed)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = engine_parser("gpu_decode", __doc__)
     add = parser.add_argument
     add("--quantization", choices=("none", "int8"), default="none")

@@ -220,7 +220,7 @@ def figures_of(phases: Sequence[Phase], uploads: UploadTimes) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     report = report_of("gpu_upload", arguments)
     bench: UploadBench | None = None
     with report.part("model"):
@@ -270,7 +270,7 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = engine_parser("gpu_upload", __doc__)
     add = parser.add_argument
     add("--others", type=int, default=16, help="sequences that decode all the time, each its own adapter")

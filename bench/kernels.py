@@ -208,7 +208,7 @@ def _time_layers(work: Callable[[int], None], device: torch.device) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     result: dict[str, Any] = {"bench": "kernels", "machine": machine()}
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     if device.type == "cpu":
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
         description=__doc__,

@@ -161,6 +161,8 @@ def run_visit(visit: Visit, peers: Path, out: Path, deadline: float, output_toke
     """How many cells it left out because they would not end before the deadline. A file appears whole or not at all."""
     target = read_target(peers / f"{visit.server}.toml")
     num_left_out = 0
+    # Before the start: a server that waits for work may spin, and would count among the others.
+    taken_on = machine()
     with running(target, timeout_seconds=900.0) as server:
         for cell in visit.cells:
             if time.perf_counter() + cell.expected_seconds > deadline:
@@ -168,7 +170,6 @@ def run_visit(visit: Visit, peers: Path, out: Path, deadline: float, output_toke
                 print(f"left out for want of time: {cell.name}", flush=True)
                 continue
             load = cell.load(visit.number, output_tokens)
-            taken_on = machine()
             figures = asyncio.run(run_round(server, load, 0))
             print(f"{cell.name}, visit {visit.number}\n{describe(figures)}", flush=True)
             result = {
@@ -190,28 +191,7 @@ def run_visit(visit: Visit, peers: Path, out: Path, deadline: float, output_toke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.matrix",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--matrix", type=Path, default=here / "matrix.toml", metavar="FILE")
-    add("--peers", type=Path, default=here / "peers", help="where the servers' descriptions are")
-    add("--out", type=Path, metavar="DIRECTORY", help="for the results, one file a cell and visit")
-    add("--plan", action="store_true", help="show what would run, and run nothing")
-    add("--only", default="", metavar="REGEX", help="cells whose name SERVER.TRAFFIC.cN it matches")
-    add("--budget", type=float, metavar="MINUTES", help="leave out what would not end in time")
-    add(
-        "--output-tokens",
-        type=int,
-        default=_OUTPUT_TOKENS,
-        help="of an answer; fewer only to try the servers",
-    )
-    arguments = parser.parse_args(argv)
-    if not arguments.plan and arguments.out is None:
-        parser.error("--out is needed to run; --plan runs nothing")
+    arguments = parse_arguments(argv)
     try:
         visits = still_to_run(read_matrix(arguments.matrix), arguments.out, arguments.only)
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -247,6 +227,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         None,
     )
     return 1 if failed else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.matrix",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    here = Path(__file__).parent
+    add = parser.add_argument
+    add("--matrix", type=Path, default=here / "matrix.toml", metavar="FILE")
+    add("--peers", type=Path, default=here / "peers", help="where the servers' descriptions are")
+    add("--out", type=Path, metavar="DIRECTORY", help="for the results, one file a cell and visit")
+    add("--plan", action="store_true", help="show what would run, and run nothing")
+    add("--only", default="", metavar="REGEX", help="cells whose name SERVER.TRAFFIC.cN it matches")
+    add("--budget", type=float, metavar="MINUTES", help="leave out what would not end in time")
+    add(
+        "--output-tokens",
+        type=int,
+        default=_OUTPUT_TOKENS,
+        help="of an answer; fewer only to try the servers",
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.plan and arguments.out is None:
+        parser.error("--out is needed to run; --plan runs nothing")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -186,6 +186,31 @@ def _on_meta(config: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config = SHAPES[arguments.shape]()
+    ranks = [int(rank) for rank in arguments.ranks.split(",")]
+    linears = _targeted(lora_linears(config), arguments.targets)
+    made = {} if arguments.no_base else {"base": make_base(config, arguments.out / "base", arguments.seed)}
+    adapter_bytes = {
+        f"{arguments.adapters_in}/adapter-{i:02}": make_adapter(
+            linears,
+            arguments.out / arguments.adapters_in / f"adapter-{i:02}",
+            ranks[i % len(ranks)],
+            arguments.seed + 1 + i,
+        )
+        for i in range(arguments.adapters)
+    }
+    print(json.dumps({"bench": "models", "shape": arguments.shape, **made, **adapter_bytes}))
+    return 0
+
+
+def _targeted(linears: dict[str, tuple[int, int]], targets: str) -> dict[str, tuple[int, int]]:
+    """Those of these last names; all if none are named."""
+    names = [name for name in targets.split(",") if name]
+    return {path: shape for path, shape in linears.items() if not names or path.rpartition(".")[2] in names}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.models",
         description=__doc__,
@@ -202,28 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters-in", default="adapters", help="their directory below OUT")
     parser.add_argument("--no-base", action="store_true", help="only the adapters, for a base that is there")
     arguments = parser.parse_args(argv)
-    config = SHAPES[arguments.shape]()
-    ranks = [int(rank) for rank in arguments.ranks.split(",")]
-    targets = [name for name in arguments.targets.split(",") if name]
-    linears = {
-        path: shape
-        for path, shape in lora_linears(config).items()
-        if not targets or path.rpartition(".")[2] in targets
-    }
-    if not linears:
+    if arguments.targets and not _targeted(lora_linears(SHAPES[arguments.shape]()), arguments.targets):
         parser.error(f"--targets {arguments.targets}: {arguments.shape} has no linear of such a name")
-    made = {} if arguments.no_base else {"base": make_base(config, arguments.out / "base", arguments.seed)}
-    adapter_bytes = {
-        f"{arguments.adapters_in}/adapter-{i:02}": make_adapter(
-            linears,
-            arguments.out / arguments.adapters_in / f"adapter-{i:02}",
-            ranks[i % len(ranks)],
-            arguments.seed + 1 + i,
-        )
-        for i in range(arguments.adapters)
-    }
-    print(json.dumps({"bench": "models", "shape": arguments.shape, **made, **adapter_bytes}))
-    return 0
+    return arguments
 
 
 if __name__ == "__main__":

@@ -88,15 +88,7 @@ def svg(drawn: Sequence[tuple[str, list[tuple[str, float]]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("results", type=Path, metavar="DIRECTORY", help="the --out of bench.matrix")
-    parser.add_argument("--peft", type=Path, metavar="FILE", help="the --out of bench.peers.peft_batch")
-    parser.add_argument("--out", type=Path, required=True, metavar="SVG")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         peft = peft_results(arguments.peft) if arguments.peft else {}
         picture = svg(groups(read_results(arguments.results), peft))
@@ -106,6 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(picture)
     return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, metavar="DIRECTORY", help="the --out of bench.matrix")
+    parser.add_argument("--peft", type=Path, metavar="FILE", help="the --out of bench.peers.peft_batch")
+    parser.add_argument("--out", type=Path, required=True, metavar="SVG")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

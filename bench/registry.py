@@ -5,8 +5,8 @@ starts with an empty state (every folder is read), starts again (nothing has cha
 workload (arXiv 2311.03285: adapter index = int(power(alpha) * N)) over a few and over all of them, in turn. Host
 memory is smaller than all adapters together, so that weights come and go.
 
-    python -m bench.registry --out OUT                       # 2,000 adapters, about 300 MB below OUT
-    python -m bench.registry --out OUT --adapters 200 --requests 100
+    python -m bench.registry --work DIRECTORY --out FILE     # 2,000 adapters, about 300 MB below DIRECTORY
+    python -m bench.registry --work DIRECTORY --adapters 200 --requests 100
 
 The last line of stdout is JSON.
 """
@@ -47,7 +47,7 @@ def name_of(index: int) -> str:
 
 def make_adapters(directory: Path, count: int, rank: int) -> int:
     """Write what is missing of `count` adapters of different content; their bytes on disk."""
-    settings = ServeSettings(base="mini")
+    settings = ServeSettings.model_validate({"base": "mini"})
     spec = Daemon.build(settings).spec
     shapes = {path: shape for path, shape in spec.lora_targets.items() if path.rpartition(".")[2] in TARGETS}
     base = find_base("mini")
@@ -76,10 +76,15 @@ def power_law(num_requests: int, num_adapters: int, alpha: float, seed: int) -> 
     return [int(draw.random() ** (1 / alpha) * num_adapters) for _ in range(num_requests)]
 
 
-def started(out: Path, host_memory: int) -> tuple[Daemon, dict[str, float]]:
+def started(work: Path, host_memory: int) -> tuple[Daemon, dict[str, float]]:
     """A daemon over all adapters, its registry loaded; seconds, reads and bytes that took."""
-    settings = ServeSettings(
-        base="mini", adapters=(out / "adapters",), state=out / "state", host_memory=host_memory
+    settings = ServeSettings.model_validate(
+        {
+            "base": "mini",
+            "adapters": (work / "adapters",),
+            "state": work / "state",
+            "host_memory": host_memory,
+        }
     )
     daemon = Daemon.build(settings, state=settings.state, sources=settings)
     before = psutil.Process().memory_info().rss
@@ -146,17 +151,17 @@ class Clients:
         del self._done[request.id]
 
 
-def measure_start(out: Path, host_memory: int) -> dict[str, float]:
-    daemon, figures = started(out, host_memory)
+def measure_start(work: Path, host_memory: int) -> dict[str, float]:
+    daemon, figures = started(work, host_memory)
     daemon.registry.stop()
     return figures
 
 
 def measure_requests(
-    out: Path, host_memory: int, num_adapters: int, num_requests: int, alpha: float, rounds: int
+    work: Path, host_memory: int, num_adapters: int, num_requests: int, alpha: float, rounds: int
 ) -> dict[str, Any]:
     """Few and all adapters in turn, the same requests otherwise."""
-    daemon, _ = started(out, host_memory)
+    daemon, _ = started(work, host_memory)
     clients = Clients(daemon)
     few = power_law(num_requests, NUM_FEW, alpha, seed=42)
     many = power_law(num_requests, num_adapters, alpha, seed=42)
@@ -174,33 +179,27 @@ def measure_requests(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.registry", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="where adapters and state are kept")
-    parser.add_argument("--adapters", type=int, default=2000)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--host-memory", type=int, default=16 << 20, help="bytes")
-    parser.add_argument("--requests", type=int, default=400)
-    parser.add_argument("--alpha", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--phase", choices=("make", "start", "requests"), help="one part, in this process")
-    options = parser.parse_args(argv)
+    options = parse_arguments(argv)
     if options.phase == "make":
-        emit({"disk_bytes": make_adapters(options.out / "adapters", options.adapters, options.rank)}, None)
+        emit(
+            {"disk_bytes": make_adapters(options.work / "adapters", options.adapters, options.rank)},
+            options.out,
+        )
     elif options.phase == "start":
-        emit(measure_start(options.out, options.host_memory), None)
+        emit(measure_start(options.work, options.host_memory), options.out)
     elif options.phase == "requests":
         sizes = (options.host_memory, options.adapters, options.requests, options.alpha, options.rounds)
-        emit(measure_requests(options.out, *sizes), None)
+        emit(measure_requests(options.work, *sizes), options.out)
     else:
         emit(
             {"bench": "registry", "machine": machine(), "settings": settings_of(options), **whole(options)},
-            None,
+            options.out,
         )
     return 0
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if key not in ("out", "phase")}
+    return {key: value for key, value in vars(options).items() if key not in ("work", "out", "phase")}
 
 
 def whole(options: argparse.Namespace) -> dict[str, Any]:
@@ -212,8 +211,8 @@ def whole(options: argparse.Namespace) -> dict[str, Any]:
             sys.executable,
             "-m",
             "bench.registry",
-            "--out",
-            str(options.out),
+            "--work",
+            str(options.work),
             "--phase",
             phase,
             *flags,
@@ -223,8 +222,24 @@ def whole(options: argparse.Namespace) -> dict[str, Any]:
         return figures
 
     made = part("make")
-    shutil.rmtree(options.out / "state", ignore_errors=True)
+    shutil.rmtree(options.work / "state", ignore_errors=True)
     return {**made, "first_start": part("start"), "restart": part("start"), "requests": part("requests")}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.registry", description=str(__doc__).partition("\n")[0])
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIRECTORY", help="for the adapters and the state"
+    )
+    parser.add_argument("--adapters", type=int, default=2000)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--host-memory", type=int, default=16 << 20, help="bytes")
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--alpha", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--phase", choices=("make", "start", "requests"), help="one part, in this process")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result here too")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The results of bench.matrix as Markdown: us against the better peer, and what adapters cost against their bytes.
 
     python -m bench.table bench/results/2026-11-23-epyc                                  # to look at
-    python -m bench.table bench/results/2026-11-23-epyc --into README.md bench/README.md # between their markers
+    python -m bench.table bench/results/2026-11-23-epyc --into bench/README.md         # between its markers
 
 Figures are medians over the visits. A cell that was not measured is shown as missing, never left out.
 """
@@ -200,7 +200,7 @@ def int8_table(results: Results) -> list[str]:
 
 
 def server_table(results: Results) -> list[str]:
-    """Peak memory and start-up, at the largest any cell showed."""
+    """Peak memory, the largest that any cell showed, and start-up, the median over the cells."""
     lines = ["| server | peak memory | start-up |", "|---|---|---|"]
     for server in dict.fromkeys(key.server for key in results):
         cells = [found for key, found in results.items() if key.server == server]
@@ -254,16 +254,7 @@ def write_between_markers(text: str, table: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("results", type=Path, metavar="DIRECTORY")
-    parser.add_argument(
-        "--into", type=Path, nargs="+", default=[], metavar="FILE", help="put the tables there"
-    )
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         table = markdown(arguments.results)
         texts = {path: write_between_markers(path.read_text(), table) for path in arguments.into}
@@ -275,6 +266,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not texts:
         print(table)
     return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, metavar="DIRECTORY")
+    parser.add_argument(
+        "--into", type=Path, nargs="+", default=[], metavar="FILE", help="put the tables there"
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class Target:
     adapter in the API, with {model} and {adapter} filled in. adapter_field "lora": adapters are chosen by their
     number in llama.cpp's `lora` field and `model` stays the base's. extra_body: added to every request. start: a
     command for bash that runs the server until SIGTERM; $PYTHON is this interpreter. env: added to the command's
-    environment. ready: the path that answers 200 once it serves.
+    environment. ready: the path that answers 200 once it serves. version: a command for bash that prints the server's
+    version, where GET /version does not say it.
     """
 
     name: str = "server"
@@ -41,6 +42,7 @@ class Target:
     extra_body: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     ready: str = "/health"
+    version: str | None = None
     env: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
         began = time.perf_counter()
         process = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHON": sys.executable, **target.env},
+            env=_environment(target),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -110,6 +112,10 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
             _stop(process)
 
 
+def _environment(target: Target) -> dict[str, str]:
+    return {**os.environ, "PYTHON": sys.executable, **target.env}
+
+
 def _is_ready(target: Target) -> bool:
     try:
         return httpx.get(target.url + target.ready, timeout=2.0).status_code == 200
@@ -118,7 +124,11 @@ def _is_ready(target: Target) -> bool:
 
 
 def server_version(target: Target) -> str | None:
-    """What GET /version says, where a server has it (adapterd, vLLM)."""
+    """What its description's command prints, else what GET /version says (adapterd, vLLM); None if nobody says it."""
+    if target.version is not None:
+        command = ["bash", "-c", target.version]
+        asked = subprocess.run(command, env=_environment(target), capture_output=True, text=True, check=False)
+        return (asked.stdout.strip() or None) if asked.returncode == 0 else None
     try:
         answer = httpx.get(target.url + "/version", timeout=5.0).json()
     except (httpx.HTTPError, ValueError):

@@ -110,25 +110,10 @@ def run(command: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.train_vs_trl",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--trl", type=Path, help="the directory that bench/peers/setup_trl.sh made")
-    add("--rounds", type=int, default=2, help="of A B; the medians are kept")
-    add("--seconds", type=float, default=20.0, help="of training in each run")
-    add("--step-tokens", type=int, default=1024, help="tokens in an optimiser step, about")
-    add("--rows", type=int, default=800)
-    add("--ours-in", type=Path, help=argparse.SUPPRESS)
-    add("--out", type=Path, help="write the result here too")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     if arguments.ours_in is not None:
         print(json.dumps(train_ours(arguments.ours_in, arguments.seconds, arguments.step_tokens)))
         return 0
-    if arguments.trl is None:
-        parser.error("--trl is required")
     result: dict[str, Any] = {"bench": "train_vs_trl", "machine": machine()}
     runs: dict[str, list[dict[str, Any]]] = {"adapterd": [], "trl": []}
     with tempfile.TemporaryDirectory() as directory:
@@ -167,6 +152,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"adapterd / TRL: {result['speed_ratio']:.2f} x tokens/s at {result['memory_ratio']:.2f} x memory")
     emit(result, arguments.out)
     return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.train_vs_trl",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--trl", type=Path, help="the directory that bench/peers/setup_trl.sh made")
+    add("--rounds", type=int, default=2, help="of A B; the medians are kept")
+    add("--seconds", type=float, default=20.0, help="of training in each run")
+    add("--step-tokens", type=int, default=1024, help="tokens in an optimiser step, about")
+    add("--rows", type=int, default=800)
+    add("--ours-in", type=Path, help=argparse.SUPPRESS)
+    add("--out", type=Path, help="write the result here too")
+    arguments = parser.parse_args(argv)
+    if arguments.trl is None and arguments.ours_in is None:
+        parser.error("--trl is required")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -63,21 +63,7 @@ def generate_seconds(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers.peft_batch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--models", type=Path, required=True, help="the --out of bench.models")
-    add("--batch", default="8", help="sizes of the static batch")
-    add("--adapters", default="0,1,8", help="how many different ones in the batch; 0 is the bare base")
-    add("--prompt-tokens", type=int, default=128)
-    add("--output-tokens", type=int, default=64)
-    add("--attention", choices=("eager", "sdpa"), default="eager")
-    add("--repeats", type=int, default=3, help="the median is kept")
-    add("--out", type=Path, help="write the result here too")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(argv)
     result: dict[str, Any] = {"bench": "peft_batch", "machine": machine()}
     runs = []
     for count in (int(part) for part in arguments.adapters.split(",")):
@@ -106,6 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     emit(result, arguments.out)
     return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers.peft_batch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--models", type=Path, required=True, help="the --out of bench.models")
+    add("--batch", default="8", help="sizes of the static batch")
+    add("--adapters", default="0,1,8", help="how many different ones in the batch; 0 is the bare base")
+    add("--prompt-tokens", type=int, default=128)
+    add("--output-tokens", type=int, default=64)
+    add("--attention", choices=("eager", "sdpa"), default="eager")
+    add("--repeats", type=int, default=3, help="the median is kept")
+    add("--out", type=Path, help="write the result here too")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

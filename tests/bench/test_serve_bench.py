@@ -1,8 +1,6 @@
 """The load generator: its arithmetic, and whole runs against a server that answers without a model."""
 
 import json
-import re
-import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 
 from bench.client import LoadRequest, Record
 from bench.report import median_of, meets, parse_objective, percentile, ratios, summarise
-from bench.serve import load_of, main, parse_arguments
+from bench.serve import main
 from bench.target import Target, read_target
 from bench.workload import (
     Lengths,
@@ -259,16 +257,3 @@ def test_a_server_that_fails_every_request_fails_the_run(capsys: pytest.CaptureF
         assert "HTTP 400" in capsys.readouterr().err
         assert main(["--url", url, "--model", "cut"]) == 1
         assert "cut off" in capsys.readouterr().err
-
-
-_ROOT = Path(__file__).parents[2]
-_README = (_ROOT / "bench" / "README.md").read_text().replace("\\\n", " ")
-
-
-@pytest.mark.parametrize("line", re.findall(r"^python -m bench\.serve (.*)$", _README, re.MULTILINE))
-def test_the_readmes_commands_are_taken(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(_ROOT)
-    arguments = parse_arguments(shlex.split(line))
-    for path in [arguments.server, *(arguments.compare or ())]:
-        assert path is None or read_target(path).start
-    assert load_of(arguments).num_requests > 0

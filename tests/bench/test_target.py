@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.target import Target, resident_bytes, running
+from bench.target import Target, resident_bytes, running, server_version
 
 
 def _free_port() -> int:
@@ -60,3 +60,12 @@ def test_a_process_that_is_gone_takes_no_memory() -> None:
     process.wait()
     assert resident_bytes(process.pid) == 0
     assert resident_bytes(psutil.Process().pid) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("command", "version"), [("echo server-$NUMBER.tar.gz", "server-1.2.tar.gz"), ("echo half; false", None)]
+)
+def test_a_server_without_a_version_endpoint_is_asked_by_its_command(
+    command: str, version: str | None
+) -> None:
+    assert server_version(Target(version=command, env={"NUMBER": "1.2"})) == version
