@@ -1,18 +1,16 @@
 """How much host memory this process may still take: what the machine has free, within its control groups' limits.
 
-A container sees the whole machine's memory and is killed at its own limit. Linux says that limit in files, of two
-versions (docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html); each group on the way up may have one.
-Elsewhere, and without a limit, it is what the machine has free. No torch.
+A container sees the whole machine's memory and is killed at its own limit, or that of a group above it
+(docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html). Elsewhere, and without a limit, it is what the
+machine has free. No torch.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import psutil
 
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-OWN_GROUPS = Path("/proc/self/cgroup")
+from adapterd.control_groups import CONTROL_GROUPS, OWN_GROUPS, Version, groups_of, read_text
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,10 @@ class _Files:
 
 
 # Above memory.high the kernel slows a group down; it is a limit to stay below all the same.
-_VERSION_2 = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
-_VERSION_1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_FILES: dict[Version, _Files] = {
+    1: _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    2: _Files(("memory.max", "memory.high"), "memory.current", "inactive_file"),
+}
 
 
 def free_host_bytes() -> int:
@@ -42,7 +42,8 @@ def group_room(control_groups: Path, own_groups: Path) -> int | None:
     Usage counts as the kubelet counts it: without files that were read and not touched again.
     """
     rooms = []
-    for group, files in _groups(control_groups, own_groups):
+    for group, version in groups_of("memory", control_groups, own_groups):
+        files = _FILES[version]
         limits = [limit for name in files.limits if (limit := _number(group / name)) is not None]
         usage = _number(group / files.usage)
         if limits and usage is not None:
@@ -51,36 +52,12 @@ def group_room(control_groups: Path, own_groups: Path) -> int | None:
     return min(rooms, default=None)
 
 
-def _groups(control_groups: Path, own_groups: Path) -> Iterator[tuple[Path, _Files]]:
-    """The process's memory groups and all above them. Some may not be there: a container that shares the machine's
-    namespace is told a path of the machine, and finds its own group mounted as the root."""
-    for line in _text(own_groups).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, files = control_groups, _VERSION_2
-        elif "memory" in controllers.split(","):
-            root, files = control_groups / "memory", _VERSION_1
-        else:
-            continue
-        own = PurePosixPath(path.lstrip("/"))
-        if ".." not in own.parts:  # a group beside the namespace's root, which is not mounted here
-            yield from ((root / above, files) for above in (own, *own.parents) if above != PurePosixPath("."))
-        yield root, files
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:  # not Linux, not mounted, or not for this user to read
-        return ""
-
-
 def _number(file: Path) -> int | None:
     """None for no limit: "max", or no such file. (Version 1 writes a number near 2^63, which limits nothing.)"""
-    text = _text(file).strip()
+    text = read_text(file).strip()
     return int(text) if text.isdecimal() else None
 
 
 def _field(file: Path, name: str) -> int:
-    pairs = (line.split() for line in _text(file).splitlines())
+    pairs = (line.split() for line in read_text(file).splitlines())
     return next((int(value) for key, value in pairs if key == name), 0)
