@@ -5,7 +5,6 @@ Refuses by name what cannot be read or would not be what the config says. Knows 
 
 import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
 
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8", "bnb-8bit", "bnb-4bit"]
+
+MIN_BITSANDBYTES = "0.48"
+"""Before this a model in 8 bits cannot be moved: transformers refuses `model.to`."""
 
 _FLOAT32_BELOW_PARAMETERS = 100_000_000
 """On a CPU a model this small gains nothing from 16 bits, and float32 is exact."""
@@ -84,10 +87,10 @@ def _bitsandbytes(
         raise BaseRefused(
             f"--quantization {quantization} needs a CUDA device; on {device} use --quantization int8"
         )
-    if find_spec("bitsandbytes") is None:
+    if not is_bitsandbytes_available(MIN_BITSANDBYTES):
         raise BaseRefused(
-            f"--quantization {quantization} needs the package bitsandbytes: pip install 'adapterd[bnb]',"
-            " or use --quantization int8"
+            f"--quantization {quantization} needs the package bitsandbytes {MIN_BITSANDBYTES} or later:"
+            " pip install 'adapterd[bnb]', or use --quantization int8"
         )
     compute = torch.bfloat16 if isinstance(dtype, str) else dtype
     if quantization == "bnb-8bit":

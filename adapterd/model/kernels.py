@@ -72,6 +72,12 @@ def choose_kernels(wanted: KernelName, device: torch.device, dtype: torch.dtype)
                 else f"do not run {dtype} on {device}"
             )
             raise BaseRefused(f"the C++ operators {reason}")
+        if not applies:
+            logger.warning(
+                "adapters and attention run through torch's own operators, several times slower: the C++ operators do"
+                " not run %s; start with --dtype bfloat16",
+                str(dtype).removeprefix("torch."),
+            )
         return TORCH_KERNELS
     missing = _why_not_triton(device, dtype)
     if missing is None:

@@ -107,6 +107,17 @@ def test_kernels_are_chosen_by_device_and_dtype() -> None:
         choose_kernels("native", CPU, torch.float16)
 
 
+def test_float16_on_a_cpu_runs_without_them_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert choose_kernels("auto", CPU, torch.float16) is TORCH_KERNELS
+    (line,) = caplog.messages
+    assert "do not run float16" in line
+    assert "--dtype bfloat16" in line
+    caplog.clear()
+    choose_kernels("torch", CPU, torch.float16)  # as asked for
+    assert not caplog.messages
+
+
 def test_what_is_not_built_can_be_demanded_but_not_had(tmp_path: Path) -> None:
     code = """
 import torch
