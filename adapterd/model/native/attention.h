@@ -121,8 +121,8 @@ void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& sh
                     shape.value_dim);
       for (int64_t k = 0; k < shape.key_dim; k += kChunk<T>) {
         dot_group(count, here + k, key_stride, scratch.query.data() + k, width, rows,
-                     std::min(kChunk<T>, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
-                     here + kGroupRows * key_stride + k);
+                  std::min(kChunk<T>, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
+                  here + kGroupRows * key_stride + k);
       }
     }
   }

@@ -60,7 +60,7 @@ void shrink(const ShrinkUnit& unit, const PreparedRows<T>& x, int64_t d_in) {
   const Prepared<T>* rows = x.data + (e.start + unit.token) * x.stride;
   for (int64_t k = 0; k < d_in; k += kChunk<T>) {
     dot_group(static_cast<int>(unit.num_rows), a + k, d_in, rows + k, x.stride, unit.num_tokens,
-                 std::min(kChunk<T>, d_in - k), h, e.rank, nullptr);
+              std::min(kChunk<T>, d_in - k), h, e.rank, nullptr);
   }
   const float scale = static_cast<float>(e.scale);
   for (int64_t t = 0; t < unit.num_tokens; ++t) {

@@ -29,11 +29,10 @@ inline void dot_pass(int rows, const W* w, int64_t ldw, const X* x, int64_t ldx,
   const int64_t last = std::min<int64_t>(first + share, NW);
   const int64_t tiles = rows / NW;
   const int64_t gap = kSpreadRows ? tiles : 1;
-  const bool asks = next && !(kSpreadRows && passes == 1);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t row = kSpreadRows ? tile : tile * NW;
     Prefetch<W> ahead;
-    if (asks) ahead = {next + (row + first * gap) * ldw, static_cast<int>(last - first)};
+    if (next) ahead = {next + (row + first * gap) * ldw, static_cast<int>(last - first)};
     dot_tile<NW, NX>(w + row * ldw, ldw, gap, x, ldx, n, out + row, ldo, ahead);
   }
   for (int64_t row = tiles * NW; row < rows; ++row) {
