@@ -104,6 +104,7 @@ def build_engine(
         adapter_bytes=adapter_bytes,
         max_num_seqs=settings.max_num_seqs,
         weights=in_use.get,
+        max_lora_rank=settings.max_lora_rank,
         events=events,
     )
     memory = EngineMemory(

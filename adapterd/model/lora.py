@@ -198,6 +198,12 @@ class LoraStep:
         self.num_tokens = 0
         self.edited: frozenset[str] = frozenset()
 
+    def reserve(self, bank: LoraBank, max_num_seqs: int, max_rank: int) -> None:
+        """Said once at start: whose adapters will run, in how many sequences a step, of what rank at most.
+
+        The reference needs no room for them.
+        """
+
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         """The step about to run: all its tokens, and those of them that run a mix, in order."""
         self.segments, self.num_tokens = segments, num_tokens

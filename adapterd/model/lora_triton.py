@@ -17,8 +17,9 @@ import torch
 import triton
 
 from adapterd.model.launch_triton import launch_options, zero_counts
-from adapterd.model.lora import LoraStep, Products, Segment
+from adapterd.model.lora import LoraBank, LoraStep, Segment
 from adapterd.model.lora_kernels_triton import expand_kernel, shrink_kernel
+from adapterd.model.lora_tables import RowTables, copy_to
 
 BLOCK_ROWS = 16
 """Rank rows at a time: the least that tensor cores take, and the most common rank."""
@@ -34,6 +35,8 @@ _MAX_SPLITS = 16
 
 _MAX_GROUP = 3
 """Linears that one launch can serve: q, k and v."""
+
+_MIN_TILES = 256
 
 
 @dataclass(frozen=True)
@@ -95,37 +98,29 @@ class GroupStep:
         }
 
 
-@dataclass(frozen=True)
-class _MixRows:
-    """Where a mix stands in the tables. `products` keeps its matrices alive, and its identity from being reused."""
-
-    products: Products
-    index: int
-    linears: frozenset[int]
-
-
 class TritonLoraStep(LoraStep):
-    """LoraStep through Triton. Matrices must have the dtype of x: float32, bfloat16 or float16.
-
-    `generation` counts how often a table had to move or change its shape: what was captured in a CUDA graph
-    before must be captured anew. Tables double, so this happens a few times in a daemon's life.
-    """
+    """LoraStep through Triton. Matrices must have the dtype of x: float32, bfloat16 or float16."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.generation = 0
-        self._linears: dict[str, int] = {}
-        self._mixes: dict[int, _MixRows] = {}
-        self._num_rows = 0
-        self._max_rows = 4 * BLOCK_ROWS  # of one mix in one linear; a stride, so it may be too large
-        self._bounds = torch.zeros(64, 256, 2, dtype=torch.int32, device=device)
-        self._addresses = torch.zeros(1 << 16, 2, dtype=torch.long, device=device)
-        self._scales = torch.zeros(1 << 16, device=device)
-        self._fixed_tiles = torch.zeros(256, 3, dtype=torch.int32, device=device)
+        self._tables = RowTables(device)
+        self._fixed_tiles = torch.zeros(_MIN_TILES, 3, dtype=torch.int32, device=device)
         self._tiles = self._fixed_tiles
         self._num_tiles = 0
+        self._max_rows = BLOCK_ROWS
         self._block_tokens = SHORT_TILE
         self._touched: frozenset[int] | None = frozenset()
+
+    @property
+    def generation(self) -> int:
+        """Rises when what was captured in a CUDA graph before must be captured anew; see RowTables."""
+        return self._tables.generation
+
+    def reserve(self, bank: LoraBank, max_num_seqs: int, max_rank: int) -> None:
+        """Make the tables of fixed steps large enough for what the bank can hold, before any is captured."""
+        self._tables.reserve(bank, max_num_seqs, max_rank)
+        size = max(max_num_seqs, _MIN_TILES)
+        self._fixed_tiles = torch.zeros(size, 3, dtype=torch.int32, device=self._fixed_tiles.device)
 
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         """The tables of a step whose kernels are launched one by one, for the linears that need them."""
@@ -133,33 +128,34 @@ class TritonLoraStep(LoraStep):
         self._touched = frozenset()
         if not segments:
             return
-        mixes = self._place(segments)
+        mixes = self._tables.place([segment.products for segment in segments])
         longest = max(segment.end - segment.start for segment in segments)
         # Longer than any step whose products are for few tokens: beside those there is room for short tiles alone.
         self._block_tokens = _LONG_TILE if longest > _LONG_TILE else SHORT_TILE
         tiles = _cut(segments, [mix.index for mix in mixes], self._block_tokens)
         self._num_tiles = len(tiles)
+        self._max_rows = -(-max(mix.max_rows for mix in mixes) // BLOCK_ROWS) * BLOCK_ROWS
         self._touched = frozenset().union(*(mix.linears for mix in mixes))
         host = torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
         self._tiles = torch.empty_like(host, device=self._fixed_tiles.device)
-        _copy(self._tiles, host)
+        copy_to(self._tiles, host)
 
     def begin_fixed(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         """The tables of a step of `num_tokens` in which any segments may run, kernels and grids being the same.
 
         Tiles lie in one place, as many as there are tokens; those that are not needed are empty.
         """
+        assert num_tokens <= len(self._fixed_tiles)  # `reserve` was told so
         # A segment at least, so that the linears call their kernels: what a graph records serves any later step.
         super().begin(segments or (Segment(0, 0, {}),), num_tokens)
-        mixes = self._place(self.segments)
+        mixes = self._tables.place([segment.products for segment in self.segments])
+        self._tables.admit_rank(max(mix.max_rows for mix in mixes))
         tiles = _cut(self.segments, [mix.index for mix in mixes], SHORT_TILE)
         tiles += [(0, 0, 0)] * (num_tokens - len(tiles))
-        if num_tokens > len(self._fixed_tiles):
-            self._fixed_tiles = self._fixed_tiles.new_zeros(_doubled(len(self._fixed_tiles), num_tokens), 3)
-            self.generation += 1
         self._tiles, self._num_tiles = self._fixed_tiles, num_tokens
+        self._max_rows = self._tables.max_rank
         self._block_tokens, self._touched = SHORT_TILE, None
-        _copy(self._fixed_tiles[:num_tokens], torch.tensor(tiles, dtype=torch.int32).view(-1, 3))
+        copy_to(self._fixed_tiles[:num_tokens], torch.tensor(tiles, dtype=torch.int32).view(-1, 3))
 
     def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
         self.add_group((path,), (y.shape[-1],), y, x)
@@ -182,7 +178,8 @@ class TritonLoraStep(LoraStep):
 
         is_beside: its shrink will run beside something longer, so that it need not be split.
         """
-        linears = [self._number(path) for path in paths]
+        tables = self._tables
+        linears = [tables.number(path) for path in paths]
         if self._touched is not None and self._touched.isdisjoint(linears):
             return None
         num_tokens, d_in = x.shape
@@ -200,9 +197,9 @@ class TritonLoraStep(LoraStep):
             partial=sums[size:],
             counts=zero_counts(x.device),
             tiles=self._tiles,
-            bounds=self._bounds,
-            addresses=self._addresses,
-            scales=self._scales,
+            bounds=tables.bounds,
+            addresses=tables.addresses,
+            scales=tables.scales,
             linears=[*linears, *linears[:1] * (_MAX_GROUP - num_members)],
             d_outs=d_outs,
             num_tiles=self._num_tiles,
@@ -213,81 +210,6 @@ class TritonLoraStep(LoraStep):
             block_in=_SHRINK_ROW_BYTES // x.element_size(),
         )
 
-    def _number(self, path: str) -> int:
-        """Linears are numbered as they are met. Only a linear that some mix has or some forward called is one."""
-        number = self._linears.setdefault(path, len(self._linears))
-        if number >= self._bounds.shape[1]:
-            wider = self._bounds.new_zeros(self._bounds.shape[0], 2 * self._bounds.shape[1], 2)
-            wider[:, : self._bounds.shape[1]] = self._bounds
-            self._bounds = wider
-            self.generation += 1
-        return number
-
-    def _place(self, segments: tuple[Segment, ...]) -> list[_MixRows]:
-        """Every segment's mix in the tables; the mixes of earlier steps stay there while there is room."""
-        wanted = {id(segment.products): segment.products for segment in segments}
-        missing = [products for key, products in wanted.items() if key not in self._mixes]
-        num_new_rows = sum(_num_rows(products) for products in missing)
-        if (
-            len(self._mixes) + len(missing) > len(self._bounds)
-            or self._num_rows + num_new_rows > len(self._addresses)
-        ):  # fmt: skip
-            self._mixes, self._num_rows, missing = {}, 0, list(wanted.values())
-            self._make_room(len(missing), sum(_num_rows(products) for products in missing))
-        for products in missing:
-            self._mixes[id(products)] = self._write(products)
-        return [self._mixes[id(segment.products)] for segment in segments]
-
-    def _make_room(self, num_mixes: int, num_rows: int) -> None:
-        """Twice what one step needs, so that the next step's newcomers do not push everyone out."""
-        if 2 * num_mixes > len(self._bounds):
-            shape = _doubled(len(self._bounds), 2 * num_mixes), *self._bounds.shape[1:]
-            self._bounds = self._bounds.new_zeros(shape)
-            self.generation += 1
-        if 2 * num_rows > len(self._addresses):
-            size = _doubled(len(self._addresses), 2 * num_rows)
-            self._addresses = self._addresses.new_zeros(size, 2)
-            self._scales = self._scales.new_zeros(size)
-            self.generation += 1
-
-    def _write(self, products: Products) -> _MixRows:
-        # Every path gets its number before the row of bounds is made as wide as the table.
-        numbers = {path: self._number(path) for path in products}
-        bounds = torch.zeros(self._bounds.shape[1], 2, dtype=torch.int32)
-        extents: list[tuple[int, int, int, int, int]] = []
-        scales: list[float] = []
-        row = self._num_rows
-        for path, parts in products.items():
-            first = row
-            for part in parts:
-                rank = part.a.shape[0]
-                a_step, b_step = (tensor.stride(0) * tensor.element_size() for tensor in (part.a, part.b_t))
-                extents.append((rank, part.a.data_ptr(), a_step, part.b_t.data_ptr(), b_step))
-                scales.append(part.scale)
-                row += rank
-            bounds[numbers[path], 0], bounds[numbers[path], 1] = first, row
-            while row - first > self._max_rows:
-                self._max_rows *= 2
-                self.generation += 1
-        if extents:
-            ranks, a_rows, a_steps, b_rows, b_steps = torch.tensor(extents, dtype=torch.long).unbind(1)
-            starts = ranks.cumsum(0) - ranks
-            within = torch.arange(int(ranks.sum())) - starts.repeat_interleave(ranks)
-            of = torch.arange(len(ranks)).repeat_interleave(ranks)
-            rows = torch.stack([a_rows[of] + within * a_steps[of], b_rows[of] + within * b_steps[of]], dim=1)
-            _copy(self._addresses[self._num_rows : row], rows)
-            _copy(self._scales[self._num_rows : row], torch.tensor(scales)[of])
-        index = len(self._mixes)
-        _copy(self._bounds[index], bounds)
-        self._num_rows = row
-        return _MixRows(
-            products, index, frozenset(numbers[path] for path, parts in products.items() if parts)
-        )
-
-
-def _num_rows(products: Products) -> int:
-    return sum(part.a.shape[0] for parts in products.values() for part in parts)
-
 
 def _cut(segments: tuple[Segment, ...], mixes: list[int], block_tokens: int) -> list[tuple[int, int, int]]:
     """(first token, number of tokens, mix) of tiles of at most `block_tokens`, none across two segments."""
@@ -296,17 +218,3 @@ def _cut(segments: tuple[Segment, ...], mixes: list[int], block_tokens: int) -> 
         for segment, mix in zip(segments, mixes, strict=True)
         for start in range(segment.start, segment.end, block_tokens)
     ]
-
-
-def _doubled(size: int, wanted: int) -> int:
-    while size < wanted:
-        size *= 2
-    return size
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Host to device without waiting: torch keeps pinned memory until the copy has run."""
-    if target.device.type == "cuda":
-        target.copy_(source.pin_memory(), non_blocking=True)
-    else:
-        target.copy_(source)

@@ -48,6 +48,7 @@ class Runner:
     """The base, its KV pool and its adapter memory, driven from one thread: batches run in the order of their launch.
 
     `max_in_flight`: see `engine.seams.BatchRunner`. A CPU has done a batch when its launch returns.
+    `max_lora_rank`: of adapters that will be served, where that is known.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Runner:
         adapter_bytes: int,
         max_num_seqs: int,
         weights: Callable[[AdapterId], Adapter],
+        max_lora_rank: int | None = None,
         events: AdapterEvents | None = None,
     ) -> None:
         self._base = base
@@ -70,6 +72,7 @@ class Runner:
             base.device,
             longest_row=longest_row(base.spec),
         )
+        base.lora_step.reserve(self.bank, max_num_seqs, max_lora_rank or 0)
         self._uploads = AdapterUploads(self.bank, base.device, events)
         self._editor = Editor(base.model, base.lora_step, base.spec.modules)
         self._num_steps_with_edits = 0

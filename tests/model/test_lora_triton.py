@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment
+from adapterd.model.lora import LoraBank, LoraProduct, LoraStep, Products, Segment
+from adapterd.model.pages import PageGeometry
 from tests.model.test_lora_cpu import LINEARS, in_double, make_products
 from tests.triton_kernels import DEVICE, IS_INTERPRETED
 
@@ -37,6 +38,12 @@ def group_products(paths: Iterable[str], ranks: list[int], dtype: torch.dtype, s
         return LoraProduct(a.to(dtype), b_t.to(dtype), 0.25 + seed % 3)
 
     return on_device({path: tuple(extent(path, rank) for rank in ranks) for path in paths})
+
+
+def fixed_tables(step: TritonLoraStep) -> tuple[torch.Tensor, ...]:
+    """What a captured kernel has the addresses of."""
+    tables = step._tables
+    return step._tiles, tables.bounds, tables.addresses, tables.scales
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
@@ -142,7 +149,7 @@ def test_fixed_steps_of_other_adapters_change_tables_and_nothing_that_a_launch_f
     step = TritonLoraStep(DEVICE)
     step.begin_fixed((), 4)
     check(step, (), 4, torch.float32, is_fixed=True)  # nobody's turn: kernels run and change nothing
-    recorded = step._tiles, step._bounds, step._addresses, step._scales
+    recorded = fixed_tables(step)
     generation, places = step.generation, [table.data_ptr() for table in recorded]
     generator = random.Random(0)
     for seed in range(12):
@@ -150,14 +157,15 @@ def test_fixed_steps_of_other_adapters_change_tables_and_nothing_that_a_launch_f
         products = [random_products(LINEARS, ranks, torch.float32, 2 * seed + i) for i in range(2)]
         segments = Segment(0, 1, products[0]), Segment(2, 4, products[1])
         check(step, segments, 4, torch.float32, ["q"], is_fixed=True)
-        now = step._tiles, step._bounds, step._addresses, step._scales
-        assert [table.data_ptr() for table in now] == places
+        assert [table.data_ptr() for table in fixed_tables(step)] == places
         assert (step._num_tiles, step._block_tokens, step.generation) == (4, 16, generation)
 
 
 def test_tables_that_must_grow_say_so_and_stay_right() -> None:
     step = TritonLoraStep(DEVICE)
     wide = random_products(["q"], [64, 30], torch.float32, 0)
+    check(step, (Segment(0, 2, wide),), 2, torch.float32, ["q"])
+    assert step.generation == 0  # a step that is launched takes the width that it needs
     check(step, (Segment(0, 2, wide),), 2, torch.float32, ["q"], is_fixed=True)
     assert step.generation == 1  # more rank rows in one linear than any mix had
     many = [Segment(i, i + 1, random_products(["q"], [1 + i % 3], torch.float32, i)) for i in range(70)]
@@ -176,13 +184,99 @@ def test_tables_that_must_grow_say_so_and_stay_right() -> None:
     assert step.generation == 3  # more linears than there was room for
 
 
-def test_mixes_that_nobody_runs_any_more_make_room() -> None:
+SIZES = {f"layers.{layer}.{name}": (5, 6) for layer in range(32) for name in "qkvogud"}
+"""path -> (d_out, d_in): as many linears as Llama-3-8B has."""
+
+
+def bank_of(num_adapters: int) -> LoraBank:
+    """Room for so many adapters of rank 16 on every linear."""
+    geometry = PageGeometry.choose(SIZES)
+    num_pages = num_adapters * geometry.num_pages((path, 16) for path in SIZES)
+    return LoraBank(SIZES, 4 * geometry.page_elements * num_pages, torch.float32, DEVICE)
+
+
+def deep_products(rank: int, seed: int, paths: Iterable[str] = SIZES) -> Products:
+    a = torch.randn(len(SIZES), rank, 6, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    b_t = torch.randn(len(SIZES), rank, 5, generator=torch.Generator().manual_seed(-seed)).to(DEVICE)
+    chosen = set(paths)
+    return {
+        path: (LoraProduct(a[i], b_t[i], 0.5 + seed % 3),) for i, path in enumerate(SIZES) if path in chosen
+    }
+
+
+def check_fixed(step: TritonLoraStep, mixes: list[Products], path: str) -> None:
+    """A captured step of one token a mix, on one linear, against the reference."""
+    segments = tuple(Segment(row, row + 1, products) for row, products in enumerate(mixes))
+    reference = LoraStep()
+    step.begin_fixed(segments, len(mixes))
+    reference.begin(segments, len(mixes))
+    x, y = torch.randn(len(mixes), 6, device=DEVICE), torch.randn(len(mixes), 5, device=DEVICE)
+    found = y.clone()
+    step.add(path, found, x)
+    reference.add(path, y, x)
+    torch.testing.assert_close(found, y, atol=3e-5, rtol=1e-5)
+
+
+def test_newcomers_beyond_the_tables_leave_captured_kernels_as_they_are() -> None:
+    """32 distinct adapters of rank 16 on 224 linears in every step, and one after another is replaced."""
     step = TritonLoraStep(DEVICE)
-    for seed in range(70):
-        products = random_products(["q"], [2], torch.float32, seed)
-        check(step, (Segment(0, 1, products),), 1, torch.float32, ["q"] if seed % 23 == 0 else [])
+    step.reserve(bank_of(32), max_num_seqs=32, max_rank=0)
+    step.begin_fixed((), 32)
+    places = [table.data_ptr() for table in fixed_tables(step)]
+    room = len(step._tables.addresses) // (16 * len(SIZES))
+    assert room < 32 + 14
+    running = [deep_products(16, seed) for seed in range(1, 33)]
+    paths = random.Random(0).sample(list(SIZES), 15)
+    check_fixed(step, running, paths[0])
+    for turn in range(14):
+        running = [*running[1:], deep_products(16, 100 + turn)]
+        check_fixed(step, running, paths[turn])
     assert step.generation == 0
-    assert len(step._mixes) <= 64
+    assert [table.data_ptr() for table in fixed_tables(step)] == places
+    assert len(step._tables._mixes) <= room
+
+
+def test_reserved_tables_take_what_the_bank_holds_whatever_its_ranks_and_targets() -> None:
+    """Gaps that others left lie apart: mixes are moved together, and read right where they lie then."""
+    step = TritonLoraStep(DEVICE)
+    step.reserve(bank_of(1), max_num_seqs=8, max_rank=0)
+    capacity = len(step._tables.addresses)
+    generator = random.Random(3)
+    num_rows, seed = 0, 1
+    running: list[Products] = []
+    moved = 0
+    for turn in range(60):
+        while True:
+            rank = generator.choice([16, 64, 130])
+            paths = generator.sample(list(SIZES), generator.randint(150, 224))
+            if num_rows + rank * len(paths) > capacity or len(running) == 8:
+                break
+            running.append(deep_products(rank, seed, paths))
+            num_rows, seed = num_rows + rank * len(paths), seed + 1
+        before = [mix.first for mix in step._tables._mixes.values()]
+        path = generator.choice(list(SIZES))
+        if turn % 4 == 0:
+            check_fixed(step, running, path)
+        else:
+            step.begin_fixed(tuple(Segment(i, i + 1, p) for i, p in enumerate(running)), len(running))
+        moved += before != [mix.first for mix in step._tables._mixes.values()][: len(before)]
+        gone = running.pop(generator.randrange(len(running)))
+        num_rows -= sum(part.a.shape[0] for parts in gone.values() for part in parts)
+    assert moved
+    assert step.generation == 0
+
+
+def test_the_mix_that_was_longest_unused_makes_room() -> None:
+    step = TritonLoraStep(DEVICE)
+    mixes = [random_products(["q"], [2], torch.float32, seed) for seed in range(70)]
+    for products in mixes[:64]:
+        check(step, (Segment(0, 1, products),), 1, torch.float32, [])
+    check(step, (Segment(0, 1, mixes[0]),), 1, torch.float32, ["q"])
+    for products in mixes[64:]:
+        check(step, (Segment(0, 1, products),), 1, torch.float32, ["q"])
+    kept = [mixes[0], *mixes[7:]]
+    assert set(step._tables._mixes) == {id(products) for products in kept}
+    assert step.generation == 0
 
 
 def test_linear_that_no_adapter_of_the_step_has_runs_no_kernel() -> None:
