@@ -234,9 +234,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add(
         "--kernels",
-        choices=("auto", "torch", "native"),
+        choices=("auto", "torch", "native", "triton"),
         default="auto",
-        help="auto: the C++ operators where they are built",
+        help="auto: the C++ operators where they are built, Triton on cuda",
     )
     add("--threads", type=int, help="torch's (default: the program's choice)")
     add("--max-num-batched-tokens", type=int, default=2048)

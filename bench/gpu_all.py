@@ -1,9 +1,14 @@
 """All that can be shown on a CUDA device in one command: tests, decoding, uploads, 8 bits, the daemon over HTTP.
 
 Each part is a process of its own with a time limit, so that one that fails or hangs costs the others nothing; what
-a part finds out is written as it comes. The summaries stand last, those of parts that were cut short too.
+a part finds out is written as it comes. The summaries stand last, those of parts that were cut short too. Limits add
+up to what all may take, and the parts that say most stand first.
 
-    python -m bench.gpu_all --out DIRECTORY                    # some minutes on a device with 40 GB
+A part of tests that all skip is "skipped", not passed, and the reasons stand in the summary. The exit status is 1 if a
+part failed, was cut short or left out, and 3 if parts were only skipped. `http` needs the server's packages; where the
+device's machine has no network, bench/gpu_wheels.py carries them there.
+
+    python -m bench.gpu_all --out DIRECTORY                    # nine minutes at most, on a device with 40 GB
     python -m bench.gpu_all --out DIRECTORY --only decode --profile
     python -m bench.gpu_all --out DIRECTORY --only tests,http --minutes 4
     python -m bench.gpu_all --out DIRECTORY --try-out           # on a CPU with a tiny model: does each part run?
@@ -15,24 +20,25 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from bench import gpu_figures, gpu_upload
+from bench import gpu_figures, gpu_linear, gpu_upload, kernels
 from bench.gpu_device import describe
 from bench.report import machine
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("decode", "upload", "tests", "http", "int8")
+PARTS = ("upload", "http", "int8", "tests", "decode", "linear", "kernels")
 _TINY = ("--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--kernels", "torch")
 _TINY_DECODE = (
     *_TINY,
@@ -49,6 +55,16 @@ _MIN_SECONDS = 20.0
 """No part begins with less than this left for all."""
 
 _LAST_WORDS_SECONDS = 8.0
+_ONLY_SKIPPED = 3
+"""Exit status, since a part that was skipped has shown nothing. argparse takes 2."""
+
+TABLES = {
+    "gpu_decode": gpu_figures.table,
+    "gpu_upload": gpu_upload.table,
+    "gpu_linear": gpu_linear.table,
+    "kernels": kernels.table,
+}
+"""By the name under which a bench keeps its figures."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +83,17 @@ def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -
     upload = [sys.executable, "-m", "bench.gpu_upload", "--out", str(out / "upload.json")]
     int8 = [sys.executable, "-m", "bench.gpu_decode", "--out", str(out / "int8.json")]
     int8 += ["--quantization", "int8", "--cases", "1:base,32:base,32:distinct", "--prefill", "512"]
+    linear = [sys.executable, "-m", "bench.gpu_linear", "--out", str(out / "linear.json"), "--tokens", "1,32"]
+    operators = [sys.executable, "-m", "bench.kernels", "--out", str(out / "kernels.json"), "--ranks", "16"]
     if try_out:
+        linear += ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--megabytes", "1"]
+        linear += ["--products", "qkv"]
+        operators += ["--shape", "tiny", "--dtype", "float32", "--kernels", "torch"]
         decode += [*_TINY_DECODE, "--cases", "1:base,2:distinct"]
         upload += [*_TINY, "--others", "2", "--newcomers", "3"]
         int8 += [*_TINY_DECODE, "--cases", "1:base"]
+    else:
+        operators += ["--device", "cuda", "--shape", "llama-3-8b"]
     if profile:
         decode.append("--profile")
         int8 += ["--profile", "--profile-cases", "1:base"]
@@ -83,13 +106,19 @@ def parts_of(names: Sequence[str], out: Path, *, profile: bool, try_out: bool) -
         for path in ROOT.glob("tests/model/test_*.py")
         if "tests.triton_kernels" in path.read_text()
     )
+    if try_out:
+        device_tests = [path for path in device_tests if path.endswith("test_pointwise_triton.py")]
     known = [
-        Part("decode", decode, 240, out / "decode.json"),
-        Part("upload", upload, 120, out / "upload.json"),
-        Part("tests", _pytest(device_tests[:1] if try_out else device_tests, in_parallel=not try_out), 200),
-        Part("http", _pytest(http, in_parallel=False), 120),
-        Part("int8", int8, 120, out / "int8.json"),
+        Part("upload", upload, 70, out / "upload.json"),
+        Part("http", _pytest(http, in_parallel=False), 95),
+        Part("int8", int8, 60, out / "int8.json"),
+        Part("tests", _pytest(device_tests, in_parallel=not try_out), 105),
+        Part("decode", decode, 105, out / "decode.json"),
+        Part("linear", linear, 60, out / "linear.json"),
+        Part("kernels", operators, 45, out / "kernels.json"),
     ]
+    if try_out:  # a CPU may be busy with other things
+        known = [replace(part, limit_seconds=5 * part.limit_seconds) for part in known]
     by_name = {part.name: part for part in known}
     return [by_name[name] for name in names]
 
@@ -136,6 +165,27 @@ def run(part: Part, log: TextIO, seconds_left: float) -> str:
     return f"{ended}, {time.monotonic() - began:.0f} s"
 
 
+def judged(part: Part, ended: str, output: str) -> str:
+    """How it ended, where tests that were skipped are not taken for some that passed."""
+    if part.figures is not None or not ended.startswith(("passed", "exit status 5,")):  # 5: pytest found none
+        return ended
+    last = output.rstrip().rpartition("\n")[2]
+    counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", last)}
+    took = ended.rpartition(", ")[2]
+    if not counts.get("passed"):
+        return f"skipped: none of {counts.get('skipped', 0)} tests ran, {took}"
+    return f"passed: {counts['passed']} tests, {counts.get('skipped', 0)} skipped, {took}"
+
+
+def status_of(endings: Sequence[str], *, try_out: bool) -> int:
+    """Of the whole: 0 if every part passed, 3 if some were skipped, 1 if anything else happened. Trying out on a CPU,
+    what needs a device is skipped as it should be."""
+    kinds = {re.split("[:,]", ended)[0] for ended in endings}
+    if kinds - {"passed", "skipped"}:
+        return 1
+    return _ONLY_SKIPPED if "skipped" in kinds and not try_out else 0
+
+
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """What the part has started ends with it."""
     with contextlib.suppress(ProcessLookupError):
@@ -150,8 +200,7 @@ def summary_of(part: Part, ended: str, output: str) -> str:
     if part.figures is not None and part.figures.exists():
         figures = json.loads(part.figures.read_text())
     if figures is not None:
-        tables = {"gpu_decode": gpu_figures.table, "gpu_upload": gpu_upload.table}
-        lines.append(tables[figures["bench"]](figures))
+        lines.append(TABLES[figures["bench"]](figures))
     elif part.figures is not None:
         lines += output.splitlines()[-12:]
     else:
@@ -186,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.try_out:
         os.environ["TRITON_INTERPRET"] = "1"
     summaries = [head]
-    all_passed = True
+    endings: list[str] = []
     with (out / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
         for part in parts_of(
             arguments.only.split(","), out, profile=arguments.profile, try_out=arguments.try_out
@@ -195,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ended = run(part, log, 60 * arguments.minutes - (time.monotonic() - began))
             log.seek(start)
             output = log.read()
-            all_passed &= ended.startswith("passed")
+            ended = judged(part, ended, output)
+            endings.append(ended)
             if not arguments.quiet:
                 print(output[-arguments.tail :], flush=True)
             summaries.append(summary_of(part, ended, output))
@@ -203,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summaries += filter(None, [compare_int8(out)])
     (out / "summary.txt").write_text("\n".join(summaries) + "\n")
     print("\n".join(["", *summaries]), flush=True)
-    return int(not all_passed)
+    return status_of(endings, try_out=arguments.try_out)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,17 +1,23 @@
 """The two operators that are ours, alone: adding adapters, and attending over paged keys and values.
 
-Each is timed as the engine runs it (the C++ operators where they are built, `--kernels torch` otherwise), as its
-reference, and beside its floor: the bytes it must read over the measured bandwidth, or its multiply-adds over the
-measured rate at which torch multiplies the layer's matrices, whichever is longer. Weights and caches are taken in
-turn from more memory than the processor's cache holds.
+Each is timed alone, one linear after the other and one layer's attention, beside its reference and its floor: the
+bytes it must read over the measured bandwidth, or its multiply-adds over the measured rate at which torch multiplies
+the layer's matrices, whichever is longer. Weights and caches are taken in turn from more memory than the processor's
+cache holds.
+
+The engine runs less of this alone: a family whose layers it can fuse adds adapters within the call that multiplies
+(C++), or shrinks beside the product and for several linears at once (Triton, from CUDA graphs; here a time holds the
+launches from Python). `bench.engine` and `bench.gpu_decode` time that.
 
     python -m bench.kernels                       # the shape of Qwen3-0.6B
     python -m bench.kernels --kernels torch --dtype float32
+    python -m bench.kernels --device cuda --shape llama-3-8b --ranks 16
 
-The last line of stdout is JSON.
+`--out` gets figures as they come. The last line of stdout is JSON.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +32,15 @@ from adapterd.core import AdapterDigest, AdapterId, alone
 from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import paged_attention_reference, plan_attention
 from adapterd.model.attention_one import Scoring
-from adapterd.model.kernels import Kernels, choose_kernels
+from adapterd.model.kernels import NATIVE_KERNELS, TORCH_KERNELS, Kernels, choose_kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 from adapterd.model.lora import LoraBank, LoraStep, Segment
 from adapterd.model.threads import use_all_cores
 from bench.floor import shape_of
+from bench.gpu_report import Report
 from bench.hardware import matrix_rates, median_seconds, read_bandwidth
 from bench.models import SHAPES, lora_linears
-from bench.report import emit, machine
+from bench.report import machine
 
 _NUM_LAYERS = 4
 """Of the model's, taken in turn; figures are for one."""
@@ -209,7 +216,7 @@ def _time_layers(work: Callable[[int], None], device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    result: dict[str, Any] = {"bench": "kernels", "machine": machine()}
+    taken_on = machine()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     if device.type == "cpu":
         use_all_cores()
@@ -221,32 +228,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits(
         max(read_bandwidth(device, cores, 512 << 20).values()), max(rate.flops_per_second for rate in rates)
     )
-    print(
-        f"{'native' if kernels.is_native else 'torch'} kernels, {arguments.dtype}, {torch.get_num_threads()} threads; "
-        f"floors at {limits.bytes_per_second / 1e9:.2f} GB/s and {limits.flops_per_second / 1e9:.1f} GFLOP/s"
-    )
-    timings = []
-    ranks = [int(rank) for rank in arguments.ranks.split(",")]
-    for timing in (
-        *time_lora(config, kernels, dtype, device, limits, ranks),
-        *time_attention(config, kernels, dtype, device, limits),
-    ):
-        timings.append(timing)
-        print(
-            f"  {1000 * timing.seconds:9.3f} ms  reference {1000 * timing.reference_seconds:9.3f}"
-            f"  floor {1000 * timing.floor_seconds:9.3f}  {timing.workload}",
-            flush=True,
-        )
-    result |= {
-        "shape": arguments.shape,
-        "dtype": arguments.dtype,
-        "native": kernels.is_native,
-        "num_threads": torch.get_num_threads(),
+    report = Report(
+        arguments.out,
+        bench="kernels",
+        machine=taken_on,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        shape=arguments.shape,
+        dtype=arguments.dtype,
+        kernels=_name(kernels),
+        num_threads=torch.get_num_threads(),
         **asdict(limits),
-        "timings": [asdict(timing) for timing in timings],
-    }
-    emit(result, arguments.out)
-    return 0
+        timings=[],
+    )
+    print(_head(report.figures), flush=True)
+    ranks = [int(rank) for rank in arguments.ranks.split(",")]
+    for part, timings in (
+        ("add_lora", time_lora(config, kernels, dtype, device, limits, ranks)),
+        ("attention", time_attention(config, kernels, dtype, device, limits)),
+    ):
+        with report.part(part):
+            for timing in timings:
+                report.keep("timings", [*report.figures["timings"], asdict(timing)])
+                print(_line(asdict(timing)), flush=True)
+    print(json.dumps(report.figures))
+    return int(report.failed)
+
+
+def _name(kernels: Kernels) -> str:
+    return {id(TORCH_KERNELS): "torch", id(NATIVE_KERNELS): "native"}.get(id(kernels), "triton")
+
+
+def table(figures: dict[str, Any]) -> str:
+    """What a person wants to see of the kept figures; what failed is missing."""
+    errors = [f"FAILED {part}: {error[:160]}" for part, error in figures["errors"].items()]
+    return "\n".join([_head(figures), *map(_line, figures["timings"]), *errors])
+
+
+def _head(figures: dict[str, Any]) -> str:
+    return (
+        f"{figures['kernels']} kernels on {figures['device']}, {figures['shape']}, {figures['dtype']}, "
+        f"{figures['num_threads']} threads; floors at {figures['bytes_per_second'] / 1e9:.2f} GB/s and "
+        f"{figures['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    )
+
+
+def _line(timing: dict[str, Any]) -> str:
+    return (
+        f"  {1000 * timing['seconds']:9.3f} ms  reference {1000 * timing['reference_seconds']:9.3f}"
+        f"  floor {1000 * timing['floor_seconds']:9.3f}  {timing['workload']}"
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -259,9 +289,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--kernels", choices=("auto", "torch", "native"), default="auto")
+    add("--kernels", choices=("auto", "torch", "native", "triton"), default="auto")
     add("--ranks", default="8,16,32,64")
-    add("--out", type=Path, help="write the result here too")
+    add("--out", type=Path, help="write the figures here as they come")
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,6 @@
 """The benches for a CUDA device run whole on a CPU, with a tiny model and torch's operators; a part fails alone."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu_all, gpu_decode, gpu_upload
+from bench import gpu_all, gpu_decode, gpu_linear, gpu_upload
 from bench.gpu_device import read_kernel
 from bench.gpu_report import Report
 from bench.gpu_trace import short_name, trace_of
@@ -124,10 +125,86 @@ def test_a_part_that_takes_too_long_is_interrupted_and_may_say_what_it_has(tmp_p
     assert ended.startswith("stopped at 2 s")
 
 
+@pytest.mark.parametrize(
+    ("last", "kind", "said"),
+    [
+        ("= 4 skipped in 6.56s =", "skipped", "none of 4 tests ran"),
+        ("= 119 passed, 2 skipped in 62.83s (0:01:02) =", "passed", "119 tests, 2 skipped"),
+        ("= 27 passed in 7.65s =", "passed", "27 tests, 0 skipped"),
+    ],
+)
+def test_tests_that_were_all_skipped_have_not_passed(last: str, kind: str, said: str) -> None:
+    part = gpu_all.Part("http", [], 30)
+    reason = "SKIPPED [4] tests/gpu/test_http.py:106: the server needs starlette"
+    ended = gpu_all.judged(part, "passed, 7 s", f"{reason}\n{last}\n")
+    assert ended == f"{kind}: {said}, 7 s"
+    assert reason in gpu_all.summary_of(part, ended, f"{reason}\n{last}\n")
+
+
+def test_a_failure_stays_one_whatever_was_skipped() -> None:
+    ended = "exit status 1, 7 s"
+    assert gpu_all.judged(gpu_all.Part("tests", [], 30), ended, "= 1 failed, 4 skipped in 6.5s =") == ended
+
+
+@pytest.mark.parametrize(
+    ("endings", "status", "tried_out"),
+    [
+        (["passed, 3 s", "passed: 4 tests, 0 skipped, 9 s"], 0, 0),
+        (["passed, 3 s", "skipped: none of 4 tests ran, 9 s"], 3, 0),
+        (["skipped: none of 4 tests ran, 9 s", "exit status 1, 3 s"], 1, 1),
+        (["left out: no time"], 1, 1),
+        (["stopped at 70 s, 70 s"], 1, 1),
+    ],
+)
+def test_the_exit_status_tells_skipped_from_passed_and_failed(
+    endings: list[str], status: int, tried_out: int
+) -> None:
+    assert gpu_all.status_of(endings, try_out=False) == status
+    assert gpu_all.status_of(endings, try_out=True) == tried_out
+
+
+def test_all_parts_fit_the_time_of_a_run(tmp_path: Path) -> None:
+    minutes = gpu_all.parse_arguments(["--out", str(tmp_path)]).minutes
+    parts = gpu_all.parts_of(gpu_all.PARTS, tmp_path, profile=False, try_out=False)
+    assert sum(part.limit_seconds for part in parts) <= 60 * minutes
+
+
+@pytest.mark.parametrize("try_out", [False, True])
 @pytest.mark.parametrize("name", gpu_all.PARTS)
-def test_every_part_is_a_command_of_this_repository(name: str, tmp_path: Path) -> None:
-    [part] = gpu_all.parts_of([name], tmp_path, profile=True, try_out=False)
+def test_every_part_is_a_command_that_its_program_takes(name: str, try_out: bool, tmp_path: Path) -> None:
+    [part] = gpu_all.parts_of([name], tmp_path, profile=True, try_out=try_out)
     assert part.command[1] == "-m"
-    files = [Path(word) for word in part.command if word.startswith("tests/")]
-    assert all((gpu_all.ROOT / file).exists() for file in files)
-    assert files or part.figures is not None
+    if part.figures is None:
+        files = [Path(word) for word in part.command if word.startswith("tests/")]
+        assert files
+        assert all((gpu_all.ROOT / file).exists() for file in files)
+    else:
+        program = importlib.import_module(part.command[2])
+        assert program.parse_arguments(part.command[3:]).out == part.figures
+
+
+def test_a_try_out_runs_parts_on_a_cpu_and_keeps_their_figures(tmp_path: Path) -> None:
+    status = gpu_all.main(["--out", str(tmp_path), "--only", "http,kernels", "--try-out", "--quiet"])
+    summary = (tmp_path / "summary.txt").read_text()
+    assert status == 0, summary
+    if not torch.cuda.is_available():
+        assert "== http: skipped: none of" in summary
+        assert "needs a CUDA device" in summary
+    figures = json.loads((tmp_path / "kernels.json").read_text())
+    assert figures["errors"] == {}
+    assert {timing["workload"].partition(",")[0] for timing in figures["timings"]} == {
+        "add_lora",
+        "attention",
+    }
+
+
+def test_products_are_timed_under_every_tiling_that_fits(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "linear.json"
+    tiny = ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--megabytes", "1"]
+    assert gpu_linear.main([*tiny, "--products", "qkv", "--tokens", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["errors"] == {}
+    [result] = found["results"]
+    assert (result["product"], result["tokens"], result["left_out"]) == ("qkv", 2, [])
+    assert set(result["gb_per_second"]) >= {"library", "library, adding", "64x64/1 s8 w4"}
+    assert {"machine", "gpu", "settings", "gb_per_second"} <= found.keys()
