@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NewType, Protocol
 
+from adapterd.token_counts import TokenCounts
+
 RequestId = NewType("RequestId", str)
 AdapterDigest = NewType("AdapterDigest", str)
 
@@ -122,7 +124,8 @@ class Sequence:
     `num_tokens - num_computed_tokens`, and a step that reaches `num_tokens` samples the next.
     A step in flight counts as computed: `num_in_flight` of them have this sequence, and `num_pending` tokens that
     they sample come after `token_ids`, each with its place but not known yet. Without any, both are 0.
-    `passed_by_since_seconds` is when it first stood at its turn while its adapter found no memory.
+    `passed_by_since_seconds` is when it first stood at its turn while its adapter found no memory. `token_counts` is
+    brought up to date by who samples, where there are penalties.
     """
 
     request: Request
@@ -138,6 +141,7 @@ class Sequence:
     num_preemptions: int = 0
     num_in_flight: int = 0
     num_pending: int = 0
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def num_tokens(self) -> int:

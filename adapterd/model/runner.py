@@ -249,6 +249,6 @@ def _sampler_row(item: ScheduledSequence) -> SamplerRow:
     suppressed: frozenset[int] = frozenset()
     if output_index < params.min_tokens:
         suppressed = sequence.request.eos_token_ids.union(params.stop_token_ids)
-    return SamplerRow(
-        params, sequence.seed, sequence.token_ids, sequence.num_prompt_tokens, output_index, suppressed
-    )
+    if params.has_penalties:
+        sequence.token_counts.update(sequence.token_ids, sequence.num_prompt_tokens)
+    return SamplerRow(params, sequence.seed, sequence.token_counts, output_index, suppressed)

@@ -7,8 +7,7 @@ Everything is launched without waiting for the device; what the host wants to kn
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -17,6 +16,7 @@ import torch
 
 from adapterd.core import SampledToken, SamplingParams, TokenLogprobs
 from adapterd.model.transfer import Readback, to_device
+from adapterd.token_counts import TokenCounts
 
 _GREEDY_BELOW = 1e-5
 """Temperatures under this choose the likeliest token: dividing by them would overflow float32."""
@@ -28,13 +28,12 @@ _PIECE = 512
 class SamplerRow:
     """One row to sample: the answer's token at `output_index`. `suppressed_token_ids` may not be chosen yet.
 
-    `token_ids` is prompt then output, read for penalties alone: where there are none, the latest may be missing.
+    `token_counts` are of prompt and output, read for penalties alone: where there are none, they may be missing.
     """
 
     params: SamplingParams
     seed: int
-    token_ids: Seq[int]
-    num_prompt_tokens: int
+    token_counts: TokenCounts
     output_index: int
     suppressed_token_ids: frozenset[int]
 
@@ -121,40 +120,86 @@ def start_logprobs(
     return RowLogprobs(tuple(readback.begin(tensor) for tensor in found), num_top)
 
 
+class _Changes:
+    """Numbers for places of the flattened logits, row by row; no place twice."""
+
+    def __init__(self) -> None:
+        self._parts: list[torch.Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, first: int, token_ids: torch.Tensor, numbers: torch.Tensor) -> None:
+        """first: the row's place; token_ids: int64 [n], numbers: float64 [n], both on the host. They are copied."""
+        if len(token_ids):
+            self._parts.append(torch.stack([(token_ids + first).double(), numbers]))
+
+    def on_device(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 and float32 [num_places], in one copy: float64 holds any place there is."""
+        places, numbers = to_device(torch.cat(self._parts, dim=1), device)
+        return places.long(), numbers.float()
+
+
 def _adjust(logits: torch.Tensor, rows: Seq[SamplerRow]) -> torch.Tensor:
-    """Penalties, biases and suppressed tokens, on a copy in float32 if any row asks for them."""
-    vocab_size = logits.shape[-1]
-    factors: dict[int, float] = {}  # by place in the flattened logits, as the shifts
-    shifts: dict[int, float] = {}
+    """Penalties, biases and suppressed tokens, on a copy in float32 if any row asks for them.
+
+    What is done here in Python for a row does not grow with its tokens; what is done in vectors grows with those
+    that differ, and is less than the pass over the vocabulary that follows.
+    """
+    factors, shifts = _Changes(), _Changes()
     for index, row in enumerate(rows):
-        params, first = row.params, index * vocab_size
+        params, first = row.params, index * logits.shape[-1]
         if params.repetition_penalty != 1:
-            factors |= dict.fromkeys([first + token for token in row.token_ids], params.repetition_penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            for token, count in Counter(row.token_ids[row.num_prompt_tokens :]).items():
-                shifts[first + token] = -(params.presence_penalty + params.frequency_penalty * count)
-        for token, bias in params.logit_bias:
-            shifts[first + token] = shifts.get(first + token, 0.0) + bias
-        shifts |= dict.fromkeys([first + token for token in row.suppressed_token_ids], -inf)
+            held = _view(row.token_counts.token_ids)
+            factors.add(first, held, torch.full_like(held, params.repetition_penalty, dtype=torch.float64))
+        if (
+            params.presence_penalty
+            or params.frequency_penalty
+            or params.logit_bias
+            or row.suppressed_token_ids
+        ):
+            shifts.add(first, *_shifts(row))
     if not factors and not shifts:
         return logits
     adjusted = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
     flat = adjusted.view(-1)
     if factors:
-        places, factor = _places(factors, logits.device)
+        places, factor = factors.on_device(logits.device)
         scores = flat[places]
         flat[places] = torch.where(scores > 0, scores / factor, scores * factor)
     if shifts:
-        places, shift = _places(shifts, logits.device)
+        places, shift = shifts.on_device(logits.device)
         flat[places] += shift
     return adjusted
 
 
-def _places(values: Mapping[int, float], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 and float32 [len(values)], in one copy: float64 holds any place there is."""
-    both = torch.tensor([list(values), list(values.values())], dtype=torch.float64)
-    places, numbers = to_device(both, device)
-    return places.long(), numbers.float()
+def _shifts(row: SamplerRow) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added to a row's logits: token ids, none twice, and float64 as many."""
+    params, counts = row.params, row.token_counts
+    held, shift = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+    if params.presence_penalty or params.frequency_penalty:
+        held, num_outputs = _view(counts.token_ids), _view(counts.num_outputs)
+        shift = -(params.frequency_penalty * num_outputs.double()).add_(params.presence_penalty)
+        shift[num_outputs == 0] = 0.0
+    others: dict[int, float] = {}
+    asked = [*params.logit_bias, *((token, -inf) for token in row.suppressed_token_ids)]
+    for token, number in asked:
+        place = counts.row(token) if len(held) else None
+        if place is None:
+            others[token] = others.get(token, 0.0) + number
+        else:
+            shift[place] += number
+    if not others:
+        return held, shift
+    return (
+        torch.cat([held, torch.tensor(list(others))]),
+        torch.cat([shift, torch.tensor(list(others.values()), dtype=torch.float64)]),
+    )
+
+
+def _view(numbers: "array[int]") -> torch.Tensor:
+    """int64 [len(numbers)], the array's own memory: to be copied before the array grows."""
+    return torch.frombuffer(numbers, dtype=torch.int64) if numbers else torch.empty(0, dtype=torch.int64)
 
 
 def _greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

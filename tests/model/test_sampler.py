@@ -2,9 +2,12 @@
 
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 from adapterd.core import SampledToken, SamplingParams
 from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling, uniform
 from adapterd.model.transfer import Readback
+from adapterd.token_counts import TokenCounts
 
 VOCAB_SIZE = 24
 FREE = SamplingParams(max_tokens=8)
@@ -25,7 +29,9 @@ def row(
     output: Sequence[int] = (),
     suppressed: Sequence[int] = (),
 ) -> SamplerRow:
-    return SamplerRow(params, seed, [*prompt, *output], len(prompt), len(output), frozenset(suppressed))
+    counts = TokenCounts()
+    counts.update([*prompt, *output], len(prompt))
+    return SamplerRow(params, seed, counts, len(output), frozenset(suppressed))
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplerRow]) -> list[SampledToken]:
@@ -201,6 +207,50 @@ def test_penalties_and_bias_choose_as_the_plain_rule_does(params: SamplingParams
         assert expected[found] == pytest.approx(max(expected), abs=1e-5)
         changed += found != plain
     assert changed > 5
+
+
+def test_penalties_bias_and_suppression_of_one_token_add_up() -> None:
+    logits = torch.zeros(2, VOCAB_SIZE)
+    params = replace(FREE, temperature=0.0, presence_penalty=2.0, logit_bias=((3, 5.0), (4, 4.0), (5, 3.5)))
+    once = row(params, prompt=(5,), output=(3,))
+    suppressed = row(params, prompt=(5,), output=(3,), suppressed=(3, 4))
+    # 3 has been put out: 5 - 2. 4 is new, and 5 stands in the prompt alone: no penalty.
+    assert [token_of(result) for result in sample(logits, [once, suppressed])] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [replace(FREE, repetition_penalty=1.3), replace(FREE, presence_penalty=0.5, frequency_penalty=0.1)],
+)
+def test_penalties_cost_as_much_for_the_thousandth_token_as_for_the_first(params: SamplingParams) -> None:
+    """Regression: every step counted all tokens anew. Lines of our own are counted, not seconds."""
+    logits = torch.zeros(1, VOCAB_SIZE)
+
+    def num_lines(num_tokens: int) -> int:
+        lines = 0
+
+        def trace(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal lines
+            if not frame.f_globals.get("__name__", "").startswith("adapterd."):
+                return None
+            lines += event == "line"
+            return trace
+
+        counts, tokens, before = TokenCounts(), [1, 2, 3], sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for index in range(num_tokens):
+                counts.update(tokens, 3)
+                token = sample(logits, [SamplerRow(params, 0, counts, index, frozenset())])[0]
+                tokens.append(token_of(token))
+        finally:
+            sys.settrace(before)
+        return lines
+
+    num_lines(1)  # what runs only once
+    few = num_lines(200)
+    assert few > 200
+    assert num_lines(400) <= 2.1 * few
 
 
 def test_suppressed_tokens_are_never_chosen() -> None:
