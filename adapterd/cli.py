@@ -34,6 +34,8 @@ from adapterd.errors import AdapterdError, ConfigError
 from adapterd.lora_modules import LoraModule
 from adapterd.training.errors import TrainingInterrupted
 
+logger = logging.getLogger(__name__)
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_GATE = 3  # a --fail-under limit was missed
@@ -90,13 +92,17 @@ def serve(flags: dict[str, Any]) -> int:
     from adapterd.idle_proofs import IdleProofs, current_versions, prove_command
     from adapterd.server.app import create_app
     from adapterd.server.state import ServerState
+    from adapterd.stages import Stages
 
+    stages = Stages.of_this_process()
+    stages.done("imports")
     daemon = Daemon.build(
         settings,
         state=settings.state,
         sources=settings,
         modules=modules,
         spellings=settings.router_spellings,
+        stages=stages,
     )
     proofs: IdleProofs | None = None
     if settings.prove_idle is not None:
@@ -122,6 +128,8 @@ def serve(flags: dict[str, Any]) -> int:
     )
 
     def on_ready() -> None:
+        stages.done("adapters and first forwards")
+        logger.info("started in %s", stages)
         print_ready(url_of(listener), state.model_names())
 
     server = DrainingServer(

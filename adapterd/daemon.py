@@ -32,6 +32,7 @@ from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
 from adapterd.sources.download import Downloader
 from adapterd.sources.places import AdapterPlaces
+from adapterd.stages import Stages
 from adapterd.token_table import TokenTable
 
 _HOST_BYTES = 4
@@ -106,12 +107,15 @@ class Daemon:
         sources: SourceSettings | None = None,
         modules: LoraModules = NO_MODULES,
         spellings: Collection[Spelling] = ("prefixed", "bare"),
+        stages: Stages | None = None,
     ) -> "Daemon":
         """Load the base and open the registry, kept in the directory `state` if one is given.
 
         `modules` are adapters beside those of the settings' directories; without `sources` they come from nowhere
-        else. `spellings` are those under which routers hear of resident adapters. Raises BaseRefused or ConfigError.
+        else. `spellings` are those under which routers hear of resident adapters. `stages` is told where the
+        seconds go. Raises BaseRefused or ConfigError.
         """
+        stages = stages or Stages()
         places = open_places(settings.adapters, modules, sources)
         fingerprint = base_fingerprint(find_base(settings.base))
         database = Database(state, base_fingerprint=fingerprint)
@@ -122,6 +126,7 @@ class Daemon:
             device=settings.device,
             max_model_len=settings.max_model_len,
             quantization=settings.quantization,
+            stages=stages,
         )
         renderer = Renderer.load(base.directory)
         # A turn may end with a token that only the chat template names.
@@ -131,6 +136,7 @@ class Daemon:
         vocabulary = Vocabulary(
             TokenTable(renderer.token_bytes, renderer.strips_leading_space), renderer.special_token_ids
         )
+        stages.done("tokenizer")
         # The registry tells the engine which versions have gone, the engine asks the registry for weights, both
         # tell the metrics what happens: each is handed a late look-up of the others.
         metrics = Metrics(
@@ -162,6 +168,7 @@ class Daemon:
             pins=pins,
         )
         runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
+        stages.done("memory")
         return cls(spec, renderer, registry, engine, metrics)
 
     def generate(self, requests: Sequence[Request]) -> dict[tuple[RequestId, int], Finished]:

@@ -13,7 +13,10 @@ PACKAGE = Path(adapterd.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below. Of the two in the middle,
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("control_groups", "core", "errors", "file_names", "host_memory", "polling", "token_counts", "__init__"),
+    (
+        *("control_groups", "core", "errors", "file_names", "host_memory", "polling", "stages"),
+        *("token_counts", "__init__"),
+    ),
     ("busiest", "exposition", "router_view", "series", "request_record", "metrics"),
     (
         *("config", "lora_modules", "peft_fields", "deltas", "proof", "model_name"),
@@ -47,7 +50,7 @@ NO_TORCH = (
     *("core", "config", "errors", "metrics", "series", "router_view", "messages", "server", "cli"),
     *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
     *("engine.detokenizer", "engine.outputs"),
-    *("control_groups", "file_names", "host_memory", "manifest", "sources", "token_counts"),
+    *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
     *("adapter_commands", "daemon_client"),
     *("engine.checks", "engine.engine", "engine.inbox", "engine.seams"),
 )

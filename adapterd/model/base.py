@@ -21,6 +21,7 @@ from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.probe import probe_family
 from adapterd.model.seams import attach_seams
 from adapterd.model.threads import use_all_cores
+from adapterd.stages import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,16 @@ def load_base(
     max_model_len: int | None = None,
     kernels: KernelName = "auto",
     quantization: QuantizationName = "none",
+    stages: Stages | None = None,
 ) -> Base:
     """Load `mini` (the embedded base), a local directory or a Hugging Face Hub id.
 
     kernels: whether the C++ operators are used; `auto` means where they apply and are built.
     quantization: int8 rounds the linears' weights at load (see int8.py), bnb-* leaves that to bitsandbytes.
+    stages: told where the seconds go.
     Raises BaseRefused when the files are missing or the family cannot be served exactly.
     """
+    stages = stages or Stages()
     register_attention()
     transformers.utils.logging.disable_progress_bar()  # the daemon's log is for lines
     directory = find_base(name_or_dir)
@@ -82,8 +86,11 @@ def load_base(
     # The probe is small and in float32, whatever the model will be.
     probe_kernels = choose_kernels(kernels, where, torch.float32) if on_cpu else TORCH_KERNELS
     probed = probe_family(config, max_position=context - 1, kernels=probe_kernels)
-    return base_of(
-        load_weights(directory, name_or_dir, dtype, where, quantization),
+    stages.done("family")
+    model = load_weights(directory, name_or_dir, dtype, where, quantization)
+    stages.done("weights")
+    base = base_of(
+        model,
         where,
         name=served_name or _default_name(name_or_dir),
         root=name_or_dir,
@@ -93,6 +100,8 @@ def load_base(
         quantization=quantization,
         takes_edits=probed.takes_edits,
     )
+    stages.done("linears and layers")
+    return base
 
 
 def base_of(

@@ -18,7 +18,10 @@ _NUM_TOKENS = (2, 3)
 
 
 def find_modules(model: Any, run: Callable[[int], None]) -> BaseModules:
-    """Before anything is wrapped or replaced. run(n) is a forward of n tokens that returns the logits of all."""
+    """Before anything is wrapped; linears may be replaced by others with the same parameters.
+
+    run(n) is a forward of n tokens that returns the logits of all.
+    """
     named = dict(model.named_modules())
     owners = {
         path: m for path, m in named.items() if path and next(m.parameters(recurse=False), None) is not None

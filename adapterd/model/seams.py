@@ -37,9 +37,9 @@ def attach_seams(model: Any, kernels: Kernels) -> Seams:
         if isinstance(module, Int8Linear):
             module.product = kernels.int8_product
     recorder = ShapeRecorder()
-    modules = find_modules(model, lambda num_tokens: _tokens(model, device, ShapeRecorder(), num_tokens))
     if device.type == "cpu":
-        use_fastest_linears(model, kernels.is_native)
+        use_fastest_linears(model, kernels.is_native)  # first, so that the forwards below are fast ones
+    modules = find_modules(model, lambda num_tokens: _tokens(model, device, ShapeRecorder(), num_tokens))
     if kernels.rms_norm is not None:
         use_fused_norms(model, kernels.rms_norm)
     if kernels.silu_mul is not None:

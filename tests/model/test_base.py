@@ -11,16 +11,22 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterd.core import SamplingParams
 from adapterd.errors import BaseRefused
-from adapterd.model.base import load_base
+from adapterd.model.base import base_of, load_base
+from adapterd.model.checkpoint import load_weights
 from adapterd.model.find import find_base
+from adapterd.model.kernels import KernelName
 from adapterd.model.lora import LoraLinear
+from adapterd.stages import Stages
 from tests.exactness.families import COMMON, linear_names, save_adapter, save_model
+from tests.native_kernels import require_native_kernels
 from tests.offline import Offline, OfflineSettings
 
+CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
@@ -214,3 +220,42 @@ def test_base_traffic_pays_nothing_for_adapters(llama: Path, tmp_path: Path) -> 
     assert offline.engine.stats().adapter_bytes_resident > 0
     assert operators_of_a_base_step(offline) == never
     assert set(counted.counts) - set(never)  # the products, under whatever name
+
+
+@pytest.mark.parametrize(("kernels", "num_passes"), [("torch", 3), ("native", 5)])
+def test_while_loading_the_model_is_run_a_few_times_only(
+    llama: Path, kernels: KernelName, num_passes: int
+) -> None:
+    """Start-up is bounded by reading the weights: one forward on the model reads them once, however short it is.
+
+    Two show which modules work token by token, one the shapes of keys and values, one who shares an input, one what
+    each layer is given.
+    """
+    if kernels == "native":
+        require_native_kernels()
+    directory = find_base(str(llama))
+    model = load_weights(directory, "llama", "bfloat16", CPU, "none")
+    head, calls = model.get_output_embeddings().weight, []
+
+    def note(module: torch.nn.Module, inputs: object) -> None:
+        if getattr(module, "weight", None) is head:
+            calls.append(module)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        base_of(
+            model, CPU, name="llama", root="llama", directory=directory, max_model_len=64, kernels=kernels
+        )
+    finally:
+        handle.remove()
+    assert len(calls) == num_passes
+
+
+def test_seconds_of_loading_are_told_by_stage(llama: Path) -> None:
+    stages = Stages()
+    load_base(str(llama), device="cpu", stages=stages)
+    assert [part.rpartition(" ")[0] for part in str(stages).partition(": ")[2].split(", ")] == [
+        "family",
+        "weights",
+        "linears and layers",
+    ]

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapterd.model.linear_cpu import (
+    TOKEN_COUNTS,
     CpuLinear,
+    by_bisection,
     candidates,
     float32_linear,
     native_linear,
@@ -135,3 +137,23 @@ def test_where_there_is_one_way_nothing_is_replaced() -> None:
     assert type(model.up) is nn.Linear
     assert list(candidates(torch.float32, with_native=False)) == ["torch"]
     assert "native" not in candidates(torch.float16, with_native=True)
+
+
+@pytest.mark.parametrize("first_many", [1, 2, 8, 9, 33, 500, 513])
+def test_the_fastest_is_found_at_every_count_by_asking_at_few(first_many: int) -> None:
+    asked: list[int] = []
+
+    def fastest(count: int) -> str:
+        asked.append(count)
+        return "many" if count >= first_many else "few"
+
+    found = by_bisection(TOKEN_COUNTS, fastest)
+    assert found == ["many" if count >= first_many else "few" for count in TOKEN_COUNTS]
+    assert len(set(asked)) == len(asked) <= 5
+
+
+def test_three_ways_may_follow_each_other() -> None:
+    def fastest(count: int) -> str:
+        return "one" if count == 1 else "some" if count <= 64 else "many"
+
+    assert by_bisection(TOKEN_COUNTS, fastest) == [fastest(count) for count in TOKEN_COUNTS]
