@@ -18,9 +18,10 @@ _STOP_SECONDS = 60.0
 
 
 @contextmanager
-def served(*arguments: str, cwd: Path | None = None) -> Iterator[str]:
+def served(*arguments: str, cwd: Path | None = None, said: list[str] | None = None) -> Iterator[str]:
     """`adapterd serve ARGUMENTS --port 0`; yields the url once it is ready, and ends it as an operator would.
 
+    `said` gets the lines that it printed, once it has left.
     Raises AssertionError with its log if it does not start, or does not leave with exit status 0.
     """
     command = [sys.executable, "-m", "adapterd", "serve", "--port", "0", *arguments]
@@ -39,6 +40,8 @@ def served(*arguments: str, cwd: Path | None = None) -> Iterator[str]:
         process.kill()  # harmless once it has left
         process.wait()
         log.close()
+        if said is not None:
+            said += log.text.splitlines()
     assert status == 0, f"adapterd left with status {status}:\n{log.text}"
 
 

@@ -1,6 +1,7 @@
 """Start and end: the port, the word that it is ready, and the way out at a signal."""
 
 import json
+import re
 import signal
 import threading
 import time
@@ -175,8 +176,13 @@ def test_a_port_in_use_is_one_clear_error() -> None:
 def test_the_command_serves_and_leaves_at_sigterm_with_status_0(tiny_base: Path) -> None:
     adapters = tiny_base.parent / "adapters"
     arguments = ("--base", str(tiny_base), "--adapters", str(adapters), "--kv-memory", "4MiB")
-    with served(*arguments, "--adapter-memory", "4MiB") as url:
+    said: list[str] = []
+    with served(*arguments, "--adapter-memory", "4MiB", said=said) as url:
         models = [card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]]
         assert models == ["tiny", "tiny:medical", "tiny:support"]
         body = {**BODY, "model": "tiny:support", "max_tokens": 4}
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+    (line,) = [line for line in said if "started in" in line]
+    total, *seconds = map(float, re.findall(r"\d+\.\d\b", line.partition("started in")[2]))
+    assert len(seconds) == 7, line
+    assert total == pytest.approx(sum(seconds), abs=0.5)  # each is rounded to a tenth
