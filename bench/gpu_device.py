@@ -83,7 +83,7 @@ def device_seconds(
             for _ in range(calls):
                 work()
             taken.append((time.perf_counter() - start) / calls)
-    return sorted(taken)[repeats // 2]
+    return float(sorted(taken)[repeats // 2])
 
 
 def memory_ways(device: torch.device, num_bytes: int = 4 << 30) -> dict[str, tuple[Callable[[], Any], int]]:

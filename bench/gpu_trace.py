@@ -25,7 +25,7 @@ def noted_replays() -> Iterator[list[Any]]:
         noted.append(graph)
         replay(graph)
 
-    torch.cuda.CUDAGraph.replay = note_and_replay  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.replay = note_and_replay  # type: ignore[method-assign, assignment]
     try:
         yield noted
     finally:
@@ -89,7 +89,8 @@ def trace_steps(step: Callable[[], Any], num_steps: int) -> Trace:
         (
             (event.time_range.start, event.time_range.end, short_name(event.name))
             for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            if event.device_type == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+            and not event.is_user_annotation
         ),
     )
     return trace_of(events, num_steps)

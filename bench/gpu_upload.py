@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.keep("adapter_bytes", bench.residents[0].num_bytes)
         for kind in PHASES:  # kernels and staging memory are made once
             bench.phase(kind, min(arguments.newcomers, 5))
-    if bench is None:
+    if report.failed:
         return 1
     phases: dict[str, list[Phase]] = {kind: [] for kind in PHASES}
     for number in range(arguments.rounds):
