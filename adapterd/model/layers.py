@@ -7,6 +7,7 @@ On a CPU the family's probe then checks the result against transformers, as it c
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,9 @@ _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _NUM_TOKENS = (3, 2)
 """Of the two sequences that a layer is tried on."""
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}
-"""Of the largest number that the layer adds to its input; bfloat16 is rounded at fewer places in the fast way."""
-_ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
+"""Of the largest number that the layer adds to its input; 16 bits are rounded at fewer places in the fast way."""
+_ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Of each number of the output: its own last place, which may be more than the layer adds."""
 
 
@@ -133,34 +134,45 @@ def use_fused_layers(
     model: nn.Module, shapes: Mapping[int, KVShape], make_context: ContextFactory, make: Make
 ) -> int:
     """Give every layer of the Llama kind its fast forward; returns how many. After use_fused_norms and -mlps."""
-    layers = {path: m for path, m in model.named_modules() if _linears_and_norms(m) is not None}
-    if not layers:
-        return 0
-    context, seen = _watch(model, layers, shapes, make_context)
+    layers = {path: m for path, m in model.named_modules() if len(_linears(m)) == len(LINEARS)}
+    context, seen = _watch(model, layers, shapes, make_context) if layers else (None, {})
     replaced = 0
+    reasons = Counter({"they have other linears than Llama's": len(shapes) - len(layers)})
     for path, layer in layers.items():
-        fused = _fused(path, layer, seen.get(path), shapes, context, make)
-        if fused is not None:
-            # The instance's, not the class's: another model of this family is not touched.
-            layer.forward = fused
+        assert context is not None
+        try:
+            layer.forward = _fused(path, layer, seen.get(path), shapes, context, make)
             replaced += 1
-    logger.info("%d of %d decoder layers run fused", replaced, len(shapes))
+        except _NotAlike as reason:
+            reasons[str(reason)] += 1
+    why = "; ".join(f"{count} not: {reason}" for reason, count in reasons.items() if count > 0)
+    logger.info("%d of %d decoder layers run fused%s", replaced, len(shapes), why and f"; {why}")
     return replaced
 
 
-def _linears_and_norms(layer: nn.Module) -> tuple[list[LoraLinear], list[FusedRMSNorm]] | None:
-    def find(name: str) -> nn.Module | None:
-        try:
-            return layer.get_submodule(name)
-        except AttributeError:
-            return None
+class _NotAlike(Exception):
+    """Why a layer with the linears of the Llama kind keeps its own forward."""
 
-    names = [*_LAYER_NORMS, *(name for name in _HEAD_NORMS if find(name) is not None)]
-    norms = [norm for norm in map(find, names) if isinstance(norm, FusedRMSNorm)]
-    linears = [linear for linear in map(find, LINEARS) if isinstance(linear, LoraLinear)]
-    if len(linears) != len(LINEARS) or len(norms) != len(names) or not isinstance(find("mlp"), FusedMLP):
+
+def _find(layer: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
         return None
-    return linears, norms
+
+
+def _linears(layer: nn.Module) -> list[LoraLinear]:
+    found = (_find(layer, name) for name in LINEARS)
+    return [linear for linear in found if isinstance(linear, LoraLinear)]
+
+
+def _norms(layer: nn.Module) -> list[FusedRMSNorm]:
+    names = [*_LAYER_NORMS, *(name for name in _HEAD_NORMS if _find(layer, name) is not None)]
+    found = {name: _find(layer, name) for name in names}
+    norms = {name: norm for name, norm in found.items() if isinstance(norm, FusedRMSNorm)}
+    if len(norms) < len(names):
+        raise _NotAlike(f"{next(name for name in names if name not in norms)} is no RMSNorm of one weight")
+    return list(norms.values())
 
 
 def _watch(
@@ -208,22 +220,24 @@ def _fused(
     shapes: Mapping[int, KVShape],
     context: AttentionContext,
     make: Make,
-) -> FusedLayer | None:
-    parts = _linears_and_norms(layer)
-    if parts is None or seen is None or seen.attention is None:
-        return None
-    if seen.output is None or seen.position_embeddings is None:
-        return None
+) -> FusedLayer:
+    """Raises _NotAlike."""
+    norms = _norms(layer)
+    if not isinstance(_find(layer, "mlp"), FusedMLP):
+        raise _NotAlike("their MLP is not down(silu(gate) * up)")
+    if seen is None or seen.attention is None or seen.output is None or seen.position_embeddings is None:
+        raise _NotAlike("they are called in another way")
     attention = seen.attention
-    fused = make(LayerParts(path, *parts, attention, shapes[attention.layer]), layer)
+    fused = make(LayerParts(path, _linears(layer), norms, attention, shapes[attention.layer]), layer)
     if fused is None:
-        return None
+        raise _NotAlike("their linears are not of one kind")
     try:
         found = fused.compute(seen.inputs.clone(), seen.position_embeddings, context)
     except RuntimeError as error:
-        logger.debug("%s is not run fused: %s", path, error)
-        return None
+        raise _NotAlike(str(error).partition("\n")[0]) from error
     output = seen.output.float()
     bound = _TOLERANCE[found.dtype] * (output - seen.inputs.float()).abs().max()
     bound = bound + _ROUNDING[found.dtype] * output.abs()
-    return fused if bool(((found.float() - output).abs() <= bound).all()) else None
+    if not bool(((found.float() - output).abs() <= bound).all()):
+        raise _NotAlike("they compute something else")
+    return fused

@@ -12,8 +12,17 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
-"""Of the largest output; bfloat16 rounds once less here than in the module."""
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+"""Of the largest output; 16 bits are rounded once less here than in the module."""
+
+_SIZES = {
+    torch.float32: (1.0, 0.01, 10.0, 1000.0),
+    torch.bfloat16: (1.0, 0.01, 10.0, 1000.0),
+    torch.float16: (1.0, 0.1, 10.0, 30.0),
+}
+"""Of the numbers that a module is asked with, small and large, so that a clamp or a limit is seen. float16 ends at
+65504 and has few places below 1e-4, where a gate's product soon is.
+"""
 
 
 SiluMulFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -62,8 +71,7 @@ def fused_mlp(module: nn.Module, silu_mul: SiluMulFunction) -> FusedMLP | None:
     if dtype not in _TOLERANCE or gate.weight.shape != up.weight.shape:
         return None
     x = torch.randn(4, gate.in_features, generator=torch.Generator().manual_seed(0))
-    # Numbers small and large, so that a clamp or a limit would be seen.
-    x = (x * torch.tensor([[1.0], [0.01], [10.0], [1000.0]])).to(gate.weight.device, dtype)
+    x = (x * torch.tensor(_SIZES[dtype])[:, None]).to(gate.weight.device, dtype)
     fused = FusedMLP(gate, up, down, silu_mul)
     try:
         expected = module(x)

@@ -54,13 +54,17 @@ def fused_norm(module: nn.Module, compute: RMSNormFunction) -> FusedRMSNorm | No
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    if weight.dtype not in (torch.float32, torch.bfloat16) or len(list(module.parameters())) != 1:
+    if not weight.is_floating_point() or len(list(module.parameters())) != 1:
         return None
     own = copy.deepcopy(module).float()
     # Small numbers beside ordinary ones, so that eps and its place are seen too.
     x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0))
     x = (x * torch.tensor([[1.0], [0.01], [1e-3], [30.0]])).to(weight.device)
     expected = own(x)
+    try:
+        compute(x.to(weight.dtype), weight, eps, 0.0)
+    except RuntimeError:
+        return None  # the operator has no such type
     for offset in (0.0, 1.0):
         found = compute(x, weight.float(), eps, offset)
         if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):

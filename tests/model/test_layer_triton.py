@@ -1,5 +1,6 @@
 """Layers of the Llama kind run fused on a CUDA device, and compute what they computed before."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
 @torch.inference_mode()
 def logits(model: Any, kernels: Kernels, seams: Seams, segments: tuple[Segment, ...]) -> torch.Tensor:
     lengths = [9, 1, 6]
-    pool = KVPool(seams.kv_shapes, len(lengths), torch.float32, DEVICE)
+    pool = KVPool(seams.kv_shapes, len(lengths), model.dtype, DEVICE)
     slots = [i * KV_BLOCK_SIZE + torch.arange(length) for i, length in enumerate(lengths)]
     seams.lora_step.begin(segments, sum(lengths))
     output = model(
@@ -71,6 +72,29 @@ def test_every_layer_is_fused_and_adds_adapters_to_the_same_tokens(family: str) 
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)], ids=str)
+def test_layers_of_16_bits_are_fused_too(
+    dtype: torch.dtype, bound: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact, fused = model_of("qwen3"), model_of("qwen3", dtype)
+    exact.load_state_dict({name: tensor.float() for name, tensor in fused.state_dict().items()})
+    exact_seams = attach_seams(exact, TORCH_KERNELS)
+    with caplog.at_level(logging.INFO, "adapterd.model.layers"):
+        fused_seams = attach_seams(fused, triton_kernels(dtype))
+    assert "3 of 3 decoder layers run fused" in caplog.messages
+    a, b_t = (
+        {path: torch.randn(3, sizes[i]).to(DEVICE, dtype) / 8 for path, sizes in exact_seams.targets.items()}
+        for i in (1, 0)
+    )
+    products, widened = (
+        {path: (LoraProduct(a[path].to(kind), b_t[path].to(kind), 0.5),) for path in a}
+        for kind in (dtype, torch.float32)
+    )
+    expected = logits(exact, TORCH_KERNELS, exact_seams, (Segment(4, 12, widened),))
+    found = logits(fused, triton_kernels(dtype), fused_seams, (Segment(4, 12, products),))
+    assert (found - expected).abs().max() < bound * expected.abs().max()
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_parameters_keep_their_names_values_and_memory(is_int8: bool) -> None:
@@ -89,10 +113,24 @@ def test_parameters_keep_their_names_values_and_memory(is_int8: bool) -> None:
     assert second.data_ptr() == first.data_ptr() + first.nbytes
 
 
-def test_a_layer_that_is_not_of_the_kind_keeps_its_own_forward() -> None:
-    model = model_of("gemma2")
-    attach_seams(model, triton_kernels())
-    assert fused_layers(model) == []
+@pytest.mark.parametrize(
+    ("family", "num_fused", "reason"),
+    [
+        ("gemma2", 0, "3 not: their MLP is not down(silu(gate) * up)"),
+        ("olmo2", 0, "3 not: input_layernorm is no RMSNorm of one weight"),
+        ("phi3", 0, "3 not: they have other linears than Llama's"),
+        ("granite", 0, "3 not: they compute something else"),
+        ("smollm3", 2, "1 not: they compute something else"),
+    ],
+)
+def test_a_layer_that_is_not_of_the_kind_keeps_its_own_forward_and_the_log_says_why(
+    family: str, num_fused: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(family)
+    with caplog.at_level(logging.INFO, "adapterd.model.layers"):
+        attach_seams(model, triton_kernels())
+    assert len(fused_layers(model)) == num_fused
+    assert f"{num_fused} of 3 decoder layers run fused; {reason}" in caplog.messages
 
 
 def test_torch_kernels_leave_layers_alone() -> None:

@@ -16,7 +16,11 @@ from adapterd.model.pointwise_triton import (  # isort: skip  (needs the interpr
     turn_and_write,
 )
 
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}  # the interpreter cuts bfloat16 off
+ROUNDING = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 2.0**-7,  # the interpreter cuts it off
+    torch.float16: 2.0**-10,
+}
 DTYPES = pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 
 
