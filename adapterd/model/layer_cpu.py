@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from adapterd.model.attention_cpu import NativeContext, native_context, native_scoring
-from adapterd.model.grouped_cpu import GroupedLinear, group_linears
+from adapterd.model.grouped import GroupedLinear
+from adapterd.model.grouped_cpu import group_linears
 from adapterd.model.kv import KVShape
 from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
 from adapterd.model.linear_cpu import AnyCpuLinear, native_linear

@@ -196,6 +196,7 @@ class LoraStep:
     def __init__(self) -> None:
         self.segments: tuple[Segment, ...] = ()
         self.num_tokens = 0
+        self.num_begun = 0
         self.edited: frozenset[str] = frozenset()
 
     def reserve(self, bank: LoraBank, max_num_seqs: int, max_rank: int) -> None:
@@ -207,6 +208,7 @@ class LoraStep:
     def begin(self, segments: tuple[Segment, ...], num_tokens: int) -> None:
         """The step about to run: all its tokens, and those of them that run a mix, in order."""
         self.segments, self.num_tokens = segments, num_tokens
+        self.num_begun += 1
 
     def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add to y [num_tokens, d_out], in place, what the segments' mixes make of x [num_tokens, d_in] there."""

@@ -33,7 +33,7 @@ _SPLIT_COLUMNS = 1024
 """A shrink is split over d_in into parts of about so many columns, which a program reads in two microseconds."""
 _MAX_SPLITS = 16
 
-_MAX_GROUP = 3
+MAX_GROUP = 3
 """Linears that one launch can serve: q, k and v."""
 
 _MIN_TILES = 256
@@ -43,7 +43,7 @@ _MIN_TILES = 256
 class GroupStep:
     """What one step adds to a group of linears: `shrink`, or a kernel that does it beside others, then `expand`.
 
-    linears: numbers of up to _MAX_GROUP members, the first again where there are fewer. shrunk, partial, counts and
+    linears: numbers of up to MAX_GROUP members, the first again where there are fewer. shrunk, partial, counts and
     the tables are as in lora_kernels_triton.shrink_tile.
     """
 
@@ -79,7 +79,7 @@ class GroupStep:
         is_short = self.block_tokens == SHORT_TILE
         block_out = 1024 if is_short and max(self.d_outs) >= 8192 else 512
         num_blocks = sum(-(-size // block_out) for size in self.d_outs)
-        sizes = [*self.d_outs, *[0] * (_MAX_GROUP - len(self.d_outs))]
+        sizes = [*self.d_outs, *[0] * (MAX_GROUP - len(self.d_outs))]
         expand_kernel[(num_blocks, self.num_tiles)](
             y, self.shrunk, self.tiles, self.bounds, self.addresses, *self.linears, *sizes,
             self.bounds.shape[1], len(self.x), self.max_rows, y.stride(0),
@@ -158,13 +158,7 @@ class TritonLoraStep(LoraStep):
         copy_to(self._fixed_tiles[:num_tokens], torch.tensor(tiles, dtype=torch.int32).view(-1, 3))
 
     def add(self, path: str, y: torch.Tensor, x: torch.Tensor) -> None:
-        self.add_group((path,), (y.shape[-1],), y, x)
-
-    def add_group(
-        self, paths: Sequence[str], d_outs: Sequence[int], y: torch.Tensor, x: torch.Tensor
-    ) -> None:
-        """The same for up to three linears of one input, whose outputs lie side by side in y's columns."""
-        group = self.group(paths, d_outs, x)
+        group = self.group((path,), (y.shape[-1],), x)
         if group is not None:
             if y.dtype != x.dtype:
                 raise RuntimeError(f"x is {x.dtype} and y is {y.dtype}; adapters are added in one type")
@@ -174,7 +168,7 @@ class TritonLoraStep(LoraStep):
     def group(
         self, paths: Sequence[str], d_outs: Sequence[int], x: torch.Tensor, *, is_beside: bool = False
     ) -> GroupStep | None:
-        """What the step adds to these linears, nothing of it launched; None if no mix of the step touches them.
+        """What the step adds to up to MAX_GROUP linears of one input, nothing of it launched; None if nothing.
 
         is_beside: its shrink will run beside something longer, so that it need not be split.
         """
@@ -200,7 +194,7 @@ class TritonLoraStep(LoraStep):
             bounds=tables.bounds,
             addresses=tables.addresses,
             scales=tables.scales,
-            linears=[*linears, *linears[:1] * (_MAX_GROUP - num_members)],
+            linears=[*linears, *linears[:1] * (MAX_GROUP - num_members)],
             d_outs=d_outs,
             num_tiles=self._num_tiles,
             num_splits=num_splits,

@@ -51,10 +51,11 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
     names = linear_names(root / "base", "llama")
     save_adapter(root / "base", root / "wide", rank=8, targets=names, seed=1)
     save_adapter(root / "base", root / "narrow", rank=3, targets=names[:2], seed=2)
+    save_adapter(root / "base", root / "high", rank=100, targets=names[:1], seed=3)
     device = "cpu" if IS_INTERPRETED else "cuda"
     settings = OfflineSettings(base=str(root / "base"), device=device, kernels="triton", max_num_seqs=6)
     offline = Offline(settings)
-    for name in ("wide", "narrow"):
+    for name in ("wide", "narrow", "high"):
         offline.load(name, root / name)
         offline.runner.bank.upload(offline.adapters[name])
     return offline
@@ -107,6 +108,26 @@ def test_replayed_steps_are_the_steps_themselves(offline: Offline) -> None:
         for sequence, sampled in zip(chosen, expected, strict=True):
             assert sampled.token_id is not None
             sequence.token_ids.append(sampled.token_id)
+
+
+@torch.inference_mode()
+def test_first_adapter_of_a_high_rank_finds_graphs_ready_for_it(offline: Offline) -> None:
+    step = offline.base.lora_step
+    assert isinstance(step, TritonLoraStep)
+    recorder = run_again if IS_INTERPRETED else CudaGraphRecorder()
+    graphs = GraphedForward(offline.base, step, offline.runner.kv, 6, recorder)
+    graphs.record_all(with_adapters=True)
+    generation = step.generation
+    sequence = make_sequence(0, 5, ((offline.adapters["high"].id, 1.0),), 0)
+    first = offline.runner.launch(Batch((ScheduledSequence(sequence, 0, 5),))).collect()[0]
+    assert first.token_id is not None
+    sequence.token_ids.append(first.token_id)
+    scheduled = [ScheduledSequence(sequence, 5, 1)]
+    logits = graphs.run(scheduled, segments_of(offline, scheduled))
+    assert logits is not None
+    found = logits.float().log_softmax(-1).cpu()
+    check_row(found[0], offline.runner.launch(Batch(tuple(scheduled))).collect()[0])
+    assert step.generation == generation
 
 
 @torch.inference_mode()

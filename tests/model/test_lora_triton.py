@@ -137,7 +137,10 @@ def test_group_of_linears_is_as_each_alone(paths: tuple[str, ...], dtype: torch.
     found, expected = y.clone(), y.double()
     step, reference = TritonLoraStep(DEVICE), LoraStep()
     step.begin(segments, 10)
-    step.add_group(paths, sizes, found, x)
+    group = step.group(paths, sizes, x)
+    assert group is not None
+    group.shrink()
+    group.expand(found)
     reference.begin(in_double(segments), 10)
     for path, part in zip(paths, expected.split(sizes, dim=1), strict=True):
         reference.add(path, part, x.double())
