@@ -30,7 +30,10 @@ class ProjectionGroup(LinearGroup):
     def compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each answer is some columns of one tensor."""
         y = self._project(x.reshape(-1, x.shape[-1]))
-        return [part.view(*x.shape[:-1], part.shape[1]) for part in y.split(self._project.d_outs, dim=1)]
+        return [
+            part.view(*x.shape[:-1], part.shape[1])
+            for part in torch.split(y, list(self._project.d_outs), dim=1)
+        ]
 
 
 @torch.inference_mode()
