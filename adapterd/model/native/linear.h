@@ -20,7 +20,11 @@ constexpr int64_t kManyRows = 64;
 // whenever they begin anew the processor stops fetching ahead. Half as much takes 5% longer, a quarter 13.
 constexpr int64_t kSpreadBytes = 1 << 18;
 
-inline bool reads_spread(int64_t tokens) { return kSpreadRows && tokens <= kTileTokens; }
+// Whether rows are so read. Not those that are written out or looked up first: what is made of them must fit a cache.
+template <typename T>
+bool reads_spread(bool whole, int64_t tokens) {
+  return kSpreadRows && tokens <= kTileTokens && (!whole || kFixesInput<T>);
+}
 
 // y [tokens, d_out] = x w^T + bias, for one of several linears that read the same x. A weight of whole numbers has
 // `whole` in place of w, and a scale for each row: its products are taken as they are, and their sums are scaled.
@@ -41,7 +45,7 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
                    int64_t group_rows, int64_t begin, int64_t end, const T* after) {
   thread_local std::vector<float> sums;
   sums.resize(tokens * group_rows);
-  const bool asks = !reads_spread(tokens);  // several places at once are fetched ahead as it is
+  const bool asks = !reads_spread<T>(product.whole, tokens);  // several places at once are fetched ahead as it is
   const int64_t columns = product.whole && !kFixesInput<T> ? kChunk<T> : chunk_columns<T>(tokens);
   for (int64_t row = begin; row < end; row += group_rows) {
     const int rows = static_cast<int>(std::min(group_rows, end - row));
@@ -81,19 +85,18 @@ struct ProductUnit {
 };
 
 // All products cut into units. Many tokens do not fit the second cache: more rows are kept there instead, so that x
-// comes by less often.
+// comes by less often. `whole`: some are of whole numbers.
 template <typename T>
-std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, int64_t tokens, int64_t d_in,
+std::vector<ProductUnit> product_units(const std::vector<Product<T>>& products, bool whole, int64_t tokens, int64_t d_in,
                                        int64_t* group_rows) {
   int64_t total = 0;
   for (const Product<T>& product : products) total += product.d_out;
   const int64_t threads = at::get_num_threads();
-  const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
   const bool many = tokens > kFewTokens && total >= 4 * threads * kManyRows;
   const bool looked_up = whole && !kFixesInput<T>;
   const int64_t row_bytes = d_in * static_cast<int64_t>(whole ? sizeof(int8_t) : sizeof(T));
   *group_rows = many ? kManyRows : kSpreadRows ? 2 * kGroupRows : looked_up ? kTileRows : kGroupRows;
-  if (reads_spread(tokens)) {
+  if (reads_spread<T>(whole, tokens)) {
     // Not so long that a thread waits for another at the end.
     const int64_t bytes = std::min(kSpreadBytes, total * row_bytes / (8 * threads));
     *group_rows = std::max<int64_t>(2, bytes / (row_bytes * kGroupRows)) * kGroupRows;

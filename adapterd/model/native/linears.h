@@ -50,7 +50,7 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
 
   int64_t group_rows = 0;
   std::vector<ProductUnit> units;
-  if (multiply) units = product_units(products, tokens, d_in, &group_rows);
+  if (multiply) units = product_units(products, whole, tokens, d_in, &group_rows);
   const int64_t num_units = static_cast<int64_t>(units.size());
   const int64_t num_items = num_units + static_cast<int64_t>(shrinks.size());
   int64_t work = rank_rows * d_in;
