@@ -44,8 +44,12 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
     for (const LoraEntry* e = a.entries; e != a.entries + a.count; ++e) rank_rows += e->rank * (e->end - e->start + 4);
   }
 
-  const bool whole = std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.whole; });
-  const bool plain = !shrinks.empty() || std::any_of(products.begin(), products.end(), [](const Product<T>& p) { return p.w; });
+  bool whole = false;
+  bool plain = !shrinks.empty();
+  for (const Product<T>& product : products) {
+    whole |= product.whole != nullptr;
+    plain |= product.w != nullptr;
+  }
   const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in, plain, whole);
 
   int64_t group_rows = 0;

@@ -149,26 +149,24 @@ void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const Prepa
   if constexpr (kFixesInput<T>) {
     dot_group(rows, w, ldw, x.fixed + k / kFixedColumns, x.fixed_stride, tokens, n, out, ldo,
               left >= rows ? w + rows * ldw : nullptr);
-    return;
-  }
+  } else {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (rows == kTileRows && tokens <= kRegisterTokens && n % kWholeBlock == 0) {
-      static const WholeTables tables = make_whole_tables();
-      const WholeTables here = tables;
-      const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
-      for (int64_t start = 0, pass = 0; pass < passes; ++pass) {
-        const int count = static_cast<int>((tokens - start + passes - pass - 1) / (passes - pass));
-        const int ahead = pass == 0 ? static_cast<int>(std::min<int64_t>(left, rows)) : 0;
-        dot_whole_tokens(count, w, ldw, x.data + start * x.stride + k, x.stride, n, out + start * ldo, ldo, ahead, rows,
-                         here);
-        start += count;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (rows == kTileRows && tokens <= kRegisterTokens && n % kWholeBlock == 0) {
+        static const WholeTables tables = make_whole_tables();
+        const WholeTables here = tables;
+        const int64_t passes = (tokens + kTileTokens - 1) / kTileTokens;
+        for (int64_t start = 0, pass = 0; pass < passes; ++pass) {
+          const int count = static_cast<int>((tokens - start + passes - pass - 1) / (passes - pass));
+          const int ahead = pass == 0 ? static_cast<int>(std::min<int64_t>(left, rows)) : 0;
+          dot_whole_tokens(count, w, ldw, x.data + start * x.stride + k, x.stride, n, out + start * ldo, ldo, ahead,
+                           rows, here);
+          start += count;
+        }
+        return;
       }
-      return;
     }
-  }
 #endif
-  if constexpr (!kFixesInput<T>) {
     dot_whole_written<T>(w, ldw, rows, left, x.data + k, x.stride, tokens, n, out, ldo);
   }
 }
