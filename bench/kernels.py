@@ -32,7 +32,7 @@ from adapterd.core import AdapterDigest, AdapterId, alone
 from adapterd.deltas import LoraMatrices
 from adapterd.model.attention import paged_attention_reference, plan_attention
 from adapterd.model.attention_one import Scoring
-from adapterd.model.kernels import NATIVE_KERNELS, TORCH_KERNELS, Kernels, choose_kernels
+from adapterd.model.kernels import TORCH_KERNELS, Kernels, choose_kernels
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 from adapterd.model.lora import LoraBank, LoraStep, Segment
 from adapterd.model.threads import use_all_cores
@@ -255,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _name(kernels: Kernels) -> str:
-    return {id(TORCH_KERNELS): "torch", id(NATIVE_KERNELS): "native"}.get(id(kernels), "triton")
+    if kernels is TORCH_KERNELS:
+        return "torch"
+    return "native" if kernels.is_native else "triton"
 
 
 def table(figures: dict[str, Any]) -> str:
