@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from adapterd.model.grouped import GroupedLinear
-from adapterd.model.lora import LoraLinear, LoraProduct, Segment, wrap_linears
+from adapterd.model.lora import LoraLinear, wrap_linears
 from adapterd.model.seams import attach_seams
-from tests.model.test_layer_triton import fused_layers, logits, model_of, triton_kernels
+from tests.model.test_layer_triton import fused_layers, logits, model_of, triton_kernels, with_adapters
 from tests.triton_kernels import DEVICE
 
 from adapterd.model.grouped_triton import group_linears  # isort: skip  (needs the interpreter's setting)
-from adapterd.model.kernels import TORCH_KERNELS, Kernels  # isort: skip
+from adapterd.model.kernels import Kernels  # isort: skip
 from adapterd.model.lora_triton import GroupStep, TritonLoraStep  # isort: skip
 
 
@@ -54,16 +54,10 @@ def counted_kernels() -> Kernels:
 def test_a_layer_launches_four_pairs_and_adds_adapters_to_the_same_tokens(
     family: str, last_parts: list[str]
 ) -> None:
-    plain, grouped = model_of(family), model_of(family)
-    plain_seams, seams = attach_seams(plain, TORCH_KERNELS), attach_seams(grouped, counted_kernels())
+    segments, expected = with_adapters(model_of(family))
+    grouped = model_of(family)
+    seams = attach_seams(grouped, counted_kernels())
     assert fused_layers(grouped) == []
-    products = {
-        path: (LoraProduct(torch.randn(3, d_in).to(DEVICE), torch.randn(3, d_out).to(DEVICE) / 40, 0.5),)
-        for path, (d_out, d_in) in plain_seams.targets.items()
-    }
-    segments = (Segment(4, 12, products),)
-    expected = logits(plain, TORCH_KERNELS, plain_seams, segments)
-    assert not torch.allclose(expected, logits(plain, TORCH_KERNELS, plain_seams, ()), atol=1e-3)
     found = logits(grouped, counted_kernels(), seams, segments)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
     step = seams.lora_step

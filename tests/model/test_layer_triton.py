@@ -56,18 +56,25 @@ def logits(model: Any, kernels: Kernels, seams: Seams, segments: tuple[Segment, 
     return output.logits[0].float().cpu()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-def test_every_layer_is_fused_and_adds_adapters_to_the_same_tokens(family: str) -> None:
-    plain, fused = model_of(family), model_of(family)
-    plain_seams, fused_seams = attach_seams(plain, TORCH_KERNELS), attach_seams(fused, triton_kernels())
-    assert len(fused_layers(fused)) == fused.config.num_hidden_layers
+def with_adapters(plain: Any) -> tuple[tuple[Segment, ...], torch.Tensor]:
+    """An adapter for every linear on some of the tokens, and what it makes of the logits, by torch's kernels."""
+    seams = attach_seams(plain, TORCH_KERNELS)
     products = {
         path: (LoraProduct(torch.randn(3, d_in).to(DEVICE), torch.randn(3, d_out).to(DEVICE) / 40, 0.5),)
-        for path, (d_out, d_in) in plain_seams.targets.items()
+        for path, (d_out, d_in) in seams.targets.items()
     }
     segments = (Segment(4, 12, products),)
-    expected = logits(plain, TORCH_KERNELS, plain_seams, segments)
-    assert not torch.allclose(expected, logits(plain, TORCH_KERNELS, plain_seams, ()), atol=1e-3)
+    expected = logits(plain, TORCH_KERNELS, seams, segments)
+    assert not torch.allclose(expected, logits(plain, TORCH_KERNELS, seams, ()), atol=1e-3)
+    return segments, expected
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_every_layer_is_fused_and_adds_adapters_to_the_same_tokens(family: str) -> None:
+    segments, expected = with_adapters(model_of(family))
+    fused = model_of(family)
+    fused_seams = attach_seams(fused, triton_kernels())
+    assert len(fused_layers(fused)) == fused.config.num_hidden_layers
     found = logits(fused, triton_kernels(), fused_seams, segments)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
 
