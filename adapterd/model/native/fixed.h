@@ -9,7 +9,7 @@
 
 #include "dot_tile.h"
 
-#include <cmath>
+#include <limits>
 
 namespace adapterd {
 
@@ -23,27 +23,42 @@ struct alignas(kLineBytes) FixedBlock {
 
 using Shorts = int16_t __attribute__((vector_size(4 * kLanes)));
 
+constexpr float kRounding = 3 << 22;  // 1.5 * 2^23
+
 inline int64_t fixed_stride(int64_t n) { return (n + kFixedColumns - 1) / kFixedColumns; }
 
 // `n` <= 256 numbers. A block with a number that is not finite has NaN for its unit, and so has what it is multiplied by.
 inline void fix_block(const bf16* x, int64_t n, FixedBlock& out) {
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t k = 0; k < n; ++k) {
-    const float size = std::fabs(static_cast<float>(x[k]));
-    finite &= size <= std::numeric_limits<float>::max();
-    largest = std::max(largest, size);
-  }
+  const auto each = [&](const auto& use) __attribute__((always_inline)) {
+    int64_t k = 0;
+    for (; k + kBlock <= n; k += kBlock) use(k, load_pair(x + k));
+    if (k < n) use(k, load_pair(x + k, n - k));
+  };
+  // Of positive numbers of float32, those with the larger bits are larger; what is not finite is above all others.
+  Ints most{};
+  each([&](int64_t, Pair v) {
+    const Ints a = bits<Ints>(v.a) & 0x7fffffff;
+    const Ints b = bits<Ints>(v.b) & 0x7fffffff;
+    const Ints larger = a > b ? a : b;
+    most = larger > most ? larger : most;
+  });
+  int32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+  const auto power_of_two = [](int exponent) { return bits<float>((exponent + 127) << 23); };
   // largest < 2^exponent. A power of two that float32 does not have is not needed: what it would save is next to zero.
-  int exponent = 0;
-  std::frexp(finite ? largest : 0.0f, &exponent);
+  const int exponent = (largest >> 23) - 126;
   const int shift = std::min(15 - exponent, 126);
-  const float factor = std::ldexp(1.0f, shift);
-  for (int64_t k = 0; k < n; ++k) {
-    out.numbers[k] = finite ? static_cast<int16_t>(std::nearbyint(static_cast<float>(x[k]) * factor)) : 0;
-  }
-  std::fill(out.numbers + n, out.numbers + kFixedColumns, int16_t{0});
-  out.unit = finite ? std::ldexp(1.0f, -shift) : std::numeric_limits<float>::quiet_NaN();
+  const float factor = power_of_two(shift);
+  std::fill(out.numbers + n / kBlock * kBlock, out.numbers + kFixedColumns, int16_t{0});
+  each([&](int64_t k, Pair v) {
+    // Beside so large a number there are no digits after the point, and its last 16 bits are the rounded one's.
+    const Words a = bits<Words>(v.a * factor + kRounding);
+    const Words b = bits<Words>(v.b * factor + kRounding);
+    const Words both = (a & 0xffffu) | (b << 16);
+    std::memcpy(out.numbers + k, &both, sizeof both);
+  });
+  const bool finite = largest < bits<int32_t>(std::numeric_limits<float>::infinity());
+  out.unit = finite ? power_of_two(-shift) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // One row of x; out holds fixed_stride(n) blocks.
