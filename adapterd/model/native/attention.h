@@ -13,10 +13,15 @@ namespace adapterd {
 // Query rows that one thread handles at a time; they share each key and value that it reads.
 constexpr int64_t kQueryRows = 24;
 
+// Pieces of work for each thread, where there are so many: the more there are, the fewer heads lie side by side.
+constexpr int64_t kItemsAThread = 2;
+
+// Tokens of a sequence whose values are added at a time, where one head is alone; of several heads kGroupRows.
+constexpr int64_t kRunAlone = 64;
+
 struct AttentionParams {
   float scale;
-  int64_t window;  // 0: none
-  float softcap;   // 0: none
+  float softcap;  // 0: none
 };
 
 // Some tokens of one sequence, which end `context` long: rows [row, row + num_tokens) of the batch at positions
@@ -31,10 +36,11 @@ struct SlotRun {
   int64_t position, slot, length;
 };
 
-inline void slot_runs(const int64_t* slots, int64_t begin, int64_t end, std::vector<SlotRun>& runs) {
+// At most `most` slots in a run.
+inline void slot_runs(const int64_t* slots, int64_t begin, int64_t end, int64_t most, std::vector<SlotRun>& runs) {
   runs.clear();
   for (int64_t p = begin; p < end; ++p) {
-    if (!runs.empty() && runs.back().slot + runs.back().length == slots[p]) {
+    if (!runs.empty() && runs.back().slot + runs.back().length == slots[p] && runs.back().length < most) {
       ++runs.back().length;
     } else {
       runs.push_back({p, slots[p], 1});
@@ -81,103 +87,147 @@ inline void softmax(float* scores, int64_t count, const AttentionParams& params,
 template <typename T>
 struct AttentionScratch {
   std::vector<SlotRun> slot_runs;
-  std::vector<Run<T>> value_runs;
   std::vector<Prepared<T>> query;
   std::vector<float> scores;
-  std::vector<T*> out_rows;
+  std::vector<Split> sums;
+  std::vector<Split*> sum_rows;
 };
 
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, key_dim, value_dim;
 };
 
-// One unit, one key head and the query heads that share it.
-template <typename T>
-void attend(const AttentionUnit& unit, int64_t kv_head, const AttentionShape& shape, const AttentionParams& params,
-            const T* query, const T* keys, const T* values, const float* sinks, T* out, AttentionScratch<T>& scratch) {
-  const int64_t group = shape.num_heads / shape.num_kv_heads;
-  const int64_t rows = unit.num_tokens * group;
-  const int64_t end = unit.position + unit.num_tokens;
-  const int64_t begin = params.window ? std::max<int64_t>(0, unit.position - params.window + 1) : 0;
-  const int64_t context = end - begin;
-  const int64_t width = prepared_stride(shape.key_dim);
-  slot_runs(unit.slots, begin, end, scratch.slot_runs);
-  scratch.query.resize(rows * width);
-  scratch.scores.assign(rows * context, 0.0f);
-  const auto head_of = [&](int64_t r) { return kv_head * group + r % group; };
-  const auto row_of = [&](int64_t r) { return (unit.row + r / group) * shape.num_heads + head_of(r); };
-  for (int64_t r = 0; r < rows; ++r) {
-    prepare_row(query + row_of(r) * shape.key_dim, shape.key_dim, scratch.query.data() + r * width);
-  }
+// Key heads [first, last).
+struct HeadRange {
+  int64_t first, last;
+};
 
-  const int64_t key_stride = shape.num_kv_heads * shape.key_dim;
-  const int64_t value_stride = shape.num_kv_heads * shape.value_dim;
-  for (const SlotRun& run : scratch.slot_runs) {
-    for (int64_t i = 0; i < run.length; i += kGroupRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kGroupRows, run.length - i));
-      const T* here = keys + (run.slot + i) * key_stride + kv_head * shape.key_dim;
-      // One head's rows lie a whole token apart, which the processor does not guess.
-      prefetch_rows(values + (run.slot + i) * value_stride + kv_head * shape.value_dim, value_stride, count,
-                    shape.value_dim);
-      for (int64_t k = 0; k < shape.key_dim; k += kChunk<T>) {
-        dot_group(count, here + k, key_stride, scratch.query.data() + k, width, rows,
-                  std::min(kChunk<T>, shape.key_dim - k), scratch.scores.data() + run.position - begin + i, context,
-                  here + kGroupRows * key_stride + k);
+// One unit, some key heads and the query heads that share each: its query rows one head after another, and within a
+// head one token after another.
+struct QueryRows {
+  AttentionUnit unit;
+  HeadRange heads;
+  AttentionShape shape;
+  int64_t window;
+
+  int64_t num_heads() const { return heads.last - heads.first; }
+  int64_t group() const { return shape.num_heads / shape.num_kv_heads; }
+  int64_t of_head() const { return unit.num_tokens * group(); }
+  int64_t count() const { return num_heads() * of_head(); }
+  // Positions [begin, end) are seen by any of them.
+  int64_t end() const { return unit.position + unit.num_tokens; }
+  int64_t begin() const { return first_seen(unit.position); }
+  int64_t context() const { return end() - begin(); }
+  int64_t first_seen(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+  int64_t position(int64_t row) const { return unit.position + token(row); }
+  int64_t token(int64_t row) const { return row % of_head() / group(); }
+  int64_t query_head(int64_t row) const { return (heads.first + row / of_head()) * group() + row % group(); }
+  // Where the row stands in [tokens of the batch, query heads].
+  int64_t place(int64_t row) const { return (unit.row + token(row)) * shape.num_heads + query_head(row); }
+};
+
+// scratch.scores[row * context + position - begin] = query . key. Heads lie side by side in memory, one token's after
+// another's: so a few tokens meet all heads before the next are read.
+template <typename T>
+void score_keys(const QueryRows& rows, const T* query, const T* keys, AttentionScratch<T>& scratch) {
+  const int64_t dim = rows.shape.key_dim;
+  const int64_t context = rows.context();
+  const int64_t of_head = rows.of_head();
+  const int64_t width = prepared_stride(dim);
+  scratch.query.resize(rows.count() * width);
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    prepare_row(query + rows.place(r) * dim, dim, scratch.query.data() + r * width);
+  }
+  scratch.scores.assign(rows.count() * context, 0.0f);
+  const int64_t stride = rows.shape.num_kv_heads * dim;
+  const int64_t at_once = rows.num_heads() > 1 ? kTileRows : kGroupRows;
+  const std::vector<SlotRun>& runs = scratch.slot_runs;
+  for (size_t index = 0; index < runs.size(); ++index) {
+    const SlotRun& run = runs[index];
+    for (int64_t i = 0; i < run.length; i += at_once) {
+      const int count = static_cast<int>(std::min(at_once, run.length - i));
+      int64_t next = run.slot + i + count;
+      if (i + count == run.length) next = index + 1 < runs.size() ? runs[index + 1].slot : run.slot;
+      for (int64_t head = 0; head < rows.num_heads(); ++head) {
+        const T* at = keys + (rows.heads.first + head) * dim;
+        float* scores = scratch.scores.data() + head * of_head * context + run.position - rows.begin() + i;
+        for (int64_t k = 0; k < dim; k += kChunk<T>) {
+          dot_group(count, at + (run.slot + i) * stride + k, stride, scratch.query.data() + head * of_head * width + k,
+                    width, of_head, std::min(kChunk<T>, dim - k), scores, context, at + next * stride + k);
+        }
       }
     }
   }
-  if (kv_head + 1 < shape.num_kv_heads && !scratch.slot_runs.empty()) {
-    // While weights are made and values added, memory fetches what the next head begins with.
-    const SlotRun& run = scratch.slot_runs.front();
-    prefetch_rows(keys + run.slot * key_stride + (kv_head + 1) * shape.key_dim, key_stride,
-                  std::min<int64_t>(kGroupRows, run.length), shape.key_dim);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t position = unit.position + r / group;
-    const int64_t first = params.window ? std::max(begin, position - params.window + 1) - begin : 0;
+}
+
+// One head's part of a run's values lies in pieces a whole token apart, which the processor does not guess.
+template <typename T>
+void prefetch_values(const SlotRun& run, const T* values, int64_t head, const AttentionShape& shape) {
+  const int64_t stride = shape.num_kv_heads * shape.value_dim;
+  prefetch_rows(values + run.slot * stride + head * shape.value_dim, stride, run.length, shape.value_dim);
+}
+
+// scratch.scores become weights: none for what a row does not see.
+template <typename T>
+void weigh(const QueryRows& rows, const AttentionParams& params, const float* sinks, AttentionScratch<T>& scratch) {
+  const int64_t context = rows.context();
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    const int64_t first = rows.first_seen(rows.position(r)) - rows.begin();
+    const int64_t last = rows.position(r) + 1 - rows.begin();
     float* scores = scratch.scores.data() + r * context;
     std::fill(scores, scores + first, 0.0f);
-    softmax(scores + first, position + 1 - begin - first, params, sinks ? sinks + head_of(r) : nullptr);
-    std::fill(scores + position + 1 - begin, scores + context, 0.0f);
-  }
-
-  std::vector<Run<T>>& value_runs = scratch.value_runs;
-  value_runs.clear();
-  for (const SlotRun& run : scratch.slot_runs) {
-    value_runs.push_back({values + run.slot * value_stride + kv_head * shape.value_dim,
-                          scratch.scores.data() + run.position - begin, context, run.length});
-  }
-  std::vector<T*>& out_rows = scratch.out_rows;
-  out_rows.clear();
-  for (int64_t r = 0; r < rows; ++r) out_rows.push_back(out + row_of(r) * shape.value_dim);
-  axpy(out_rows.data(), rows, false, value_runs.data(), static_cast<int64_t>(value_runs.size()), value_stride, 0,
-       shape.value_dim);
-}
-
-// new_rows [num_tokens, num_heads, dim] into rows slot_mapping int64 [num_tokens] of pool [num_slots, num_heads, dim].
-inline void write_rows(at::Tensor& pool, const at::Tensor& slot_mapping, const at::Tensor& new_rows) {
-  TORCH_CHECK(pool.dim() == 3 && pool.is_contiguous() && new_rows.dim() == 3 && pool.size(1) == new_rows.size(1) &&
-                  pool.size(2) == new_rows.size(2) && pool.scalar_type() == new_rows.scalar_type(),
-              "write_kv: the pool must be contiguous, of the new rows' type, heads and width");
-  TORCH_CHECK(slot_mapping.scalar_type() == at::kLong && slot_mapping.is_contiguous() &&
-                  slot_mapping.numel() == new_rows.size(0),
-              "write_kv: slot_mapping must be int64, one for each token");
-  const at::Tensor rows = new_rows.contiguous();
-  const int64_t bytes = pool.size(1) * pool.size(2) * pool.element_size();
-  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  const auto* from = static_cast<const char*>(rows.const_data_ptr());
-  auto* to = static_cast<char*>(pool.mutable_data_ptr());
-  for (int64_t t = 0; t < slot_mapping.numel(); ++t) {
-    TORCH_CHECK(0 <= slots[t] && slots[t] < pool.size(0), "write_kv: slot ", slots[t], " of ", pool.size(0));
-    std::memcpy(to + slots[t] * bytes, from + t * bytes, bytes);
+    softmax(scores + first, last - first, params, sinks ? sinks + rows.query_head(r) : nullptr);
+    std::fill(scores + last, scores + context, 0.0f);
   }
 }
 
-// Where tokens' keys and values are kept; see write_rows.
-inline void write_kv(at::Tensor& keys, at::Tensor& values, const at::Tensor& slot_mapping, const at::Tensor& key,
-                     const at::Tensor& value) {
-  write_rows(keys, slot_mapping, key);
-  write_rows(values, slot_mapping, value);
+// out = weights times values, in the order of score_keys. Sums stay in float32 from run to run.
+template <typename T>
+void add_values(const QueryRows& rows, const T* values, T* out, AttentionScratch<T>& scratch) {
+  const AttentionShape& shape = rows.shape;
+  const int64_t dim = shape.value_dim;
+  const int64_t context = rows.context();
+  const int64_t stride = shape.num_kv_heads * dim;
+  const int64_t width = prepared_stride(dim);
+  scratch.sums.resize(rows.count() * width);
+  scratch.sum_rows.clear();
+  for (int64_t r = 0; r < rows.count(); ++r) scratch.sum_rows.push_back(scratch.sums.data() + r * width);
+  const std::vector<SlotRun>& runs = scratch.slot_runs;
+  for (size_t index = 0; index < runs.size(); ++index) {
+    const SlotRun& run = runs[index];
+    for (int64_t head = 0; head < rows.num_heads(); ++head) {
+      const int64_t kv_head = rows.heads.first + head;
+      if (index + 1 < runs.size()) prefetch_values(runs[index + 1], values, kv_head, shape);
+      const float* weights = scratch.scores.data() + head * rows.of_head() * context + run.position - rows.begin();
+      const Run<T> here{values + run.slot * stride + kv_head * dim, weights, context, run.length};
+      Split* const* to = scratch.sum_rows.data() + head * rows.of_head();
+      if (index == 0) {
+        axpy(to, rows.of_head(), FromZero{}, &here, 1, stride, 0, dim);
+      } else {
+        axpy(to, rows.of_head(), FromRows<Split>{to}, &here, 1, stride, 0, dim);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    T* to = out + rows.place(r) * dim;
+    const Split* from = scratch.sum_rows[r];
+    int64_t c = 0;
+    for (; c + kBlock <= dim; c += kBlock) store_pair(to + c, load_pair(from + c));
+    if (c < dim) store_pair(to + c, load_pair(from + c), dim - c);
+  }
+}
+
+template <typename T>
+void attend(const QueryRows& rows, const AttentionParams& params, const T* query, const T* keys, const T* values,
+            const float* sinks, T* out) {
+  thread_local AttentionScratch<T> scratch;
+  slot_runs(rows.unit.slots, rows.begin(), rows.end(), rows.num_heads() > 1 ? kGroupRows : kRunAlone, scratch.slot_runs);
+  score_keys(rows, query, keys, scratch);
+  for (int64_t head = rows.heads.first; head < rows.heads.last; ++head) {
+    prefetch_values(scratch.slot_runs.front(), values, head, rows.shape);
+  }
+  weigh(rows, params, sinks, scratch);
+  add_values(rows, values, out, scratch);
 }
 
 // query: [num_tokens, num_heads, key_dim]; keys, values: [num_slots, num_kv_heads, dim]; one type, float32 or bfloat16.
@@ -201,7 +251,7 @@ inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key
   TORCH_CHECK(!sinks || (sinks->scalar_type() == at::kFloat && sinks->is_contiguous() &&
                          sinks->numel() == shape.num_heads),
               "paged_attention: sinks must be float32, one a head");
-  const AttentionParams params{static_cast<float>(scale), window, static_cast<float>(softcap)};
+  const AttentionParams params{static_cast<float>(scale), static_cast<float>(softcap)};
   const at::Tensor rows = query.contiguous();
   at::Tensor out = at::empty({query.size(0), shape.num_heads, shape.value_dim}, query.options());
 
@@ -218,10 +268,9 @@ inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key
       work += count * s[1];
     }
   }
-  // A sequence's heads lie side by side, so a thread takes several of them at once: what the processor fetches beside
-  // one is the next one's. As many as leave every thread enough items.
+  // As many heads at a time as leave every thread enough items.
   const int64_t num_units = static_cast<int64_t>(units.size());
-  const int64_t items_wanted = 4 * at::get_num_threads();
+  const int64_t items_wanted = kItemsAThread * at::get_num_threads();
   const int64_t parts = std::clamp<int64_t>((items_wanted + num_units - 1) / std::max<int64_t>(1, num_units), 1,
                                             shape.num_kv_heads);
   const int64_t heads_at_once = (shape.num_kv_heads + parts - 1) / parts;
@@ -230,14 +279,15 @@ inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     share_out(num_items, item_work, [&](int64_t item, int64_t) {
-      thread_local AttentionScratch<T> scratch;
       const AttentionUnit& unit = units[item / parts];
       const int64_t first = item % parts * heads_at_once;
       const int64_t last = std::min(first + heads_at_once, shape.num_kv_heads);
-      for (int64_t head = first; head < last; ++head) {
-        attend<T>(unit, head, shape, params, rows.const_data_ptr<T>(), keys.const_data_ptr<T>(),
+      // The scores of many query rows for all heads would not fit a cache; and these rows use a key often enough.
+      const int64_t step = unit.num_tokens == 1 ? std::max<int64_t>(1, last - first) : 1;
+      for (int64_t head = first; head < last; head += step) {
+        attend<T>({unit, {head, head + step}, shape, window}, params, rows.const_data_ptr<T>(), keys.const_data_ptr<T>(),
                   values.const_data_ptr<T>(), sinks ? sinks->const_data_ptr<float>() : nullptr,
-                  out.mutable_data_ptr<T>(), scratch);
+                  out.mutable_data_ptr<T>());
       }
     });
   };

@@ -7,6 +7,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "kv.h"
 #include "linears.h"
 #include "norm.h"
 

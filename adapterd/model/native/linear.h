@@ -38,11 +38,42 @@ struct Product {
   const float* scales = nullptr;
 };
 
-// Rows [begin, end) of one product's weights, `group_rows` at a time. `after` is as many rows which the thread
-// multiplies next, or null.
+// What rows [row, row + rows) of a product's weights gave: sums[token * group_rows + j].
 template <typename T>
+struct GroupSums {
+  const Product<T>& product;
+  const float* sums;
+  int64_t group_rows, row, rows;
+
+  GroupSums from_token(int64_t token) const { return {product, sums + token * group_rows, group_rows, row, rows}; }
+
+  // As axpy's `before`: a block of y.
+  Pair operator()(int64_t token, int64_t column, int64_t partial) const {
+    const auto load = [partial](const auto* p) { return partial ? load_pair(p, partial) : load_pair(p); };
+    const auto in_order = [partial](const float* p) {
+      if (!partial) return load_as_pair_of<T>(p);
+      float padded[kBlock] = {};
+      std::copy_n(p, partial, padded);
+      return load_as_pair_of<T>(padded);
+    };
+    Pair y = in_order(sums + token * group_rows + column - row);
+    if (product.scales) {
+      const Pair scale = in_order(product.scales + column);
+      y = {y.a * scale.a, y.b * scale.b};
+    }
+    if (product.bias) {
+      const Pair bias = load(product.bias + column);
+      y = {y.a + bias.a, y.b + bias.b};
+    }
+    return y;
+  }
+};
+
+// Rows [begin, end) of one product's weights, `group_rows` at a time; finish(sums) for each. `after` is as many rows
+// which the thread multiplies next, or null.
+template <typename T, typename F>
 void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t tokens, int64_t d_in,
-                   int64_t group_rows, int64_t begin, int64_t end, const T* after) {
+                   int64_t group_rows, int64_t begin, int64_t end, const T* after, const F& finish) {
   thread_local std::vector<float> sums;
   sums.resize(tokens * group_rows);
   const bool asks = !reads_spread<T>(product.whole, tokens);  // several places at once are fetched ahead as it is
@@ -68,13 +99,20 @@ void multiply_rows(const Product<T>& product, const PreparedRows<T>& x, int64_t 
       dot_group(rows, here, d_in, x.data + k, x.stride, tokens, std::min(columns, d_in - k), sums.data(),
                 group_rows, next);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      T* y = product.y + t * product.d_out + row;
-      for (int j = 0; j < rows; ++j) {
-        const float offset = product.bias ? static_cast<float>(product.bias[row + j]) : 0.0f;
-        const float scale = product.scales ? product.scales[row + j] : 1.0f;
-        y[j] = static_cast<T>(sums[t * group_rows + j] * scale + offset);
-      }
+    finish(GroupSums<T>{product, sums.data(), group_rows, row, rows});
+  }
+}
+
+// y = sums, scaled, and the bias.
+template <typename T>
+void store_sums(const GroupSums<T>& from, int64_t tokens) {
+  const Product<T>& product = from.product;
+  for (int64_t t = 0; t < tokens; ++t) {
+    T* y = product.y + t * product.d_out + from.row;
+    for (int64_t j = 0; j < from.rows; ++j) {
+      const float offset = product.bias ? static_cast<float>(product.bias[from.row + j]) : 0.0f;
+      const float scale = product.scales ? product.scales[from.row + j] : 1.0f;
+      y[j] = static_cast<T>(from.sums[t * from.group_rows + j] * scale + offset);
     }
   }
 }

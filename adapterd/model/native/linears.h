@@ -1,7 +1,10 @@
 // Linears that read the same x, and what adapters add to each, in one call.
 //
-// Two stages with one join between them: first all rows of all weights and every x A^T, then every h B. A call
-// without adapters has the first alone, a call without weights (they were multiplied elsewhere) adds to what is there.
+// Two stages with one join between them. Few tokens: all rows of all weights and every x A^T, then every h B, since
+// memory is the bottleneck and so is read in long pieces. Many: every x A^T, then all rows of all weights, each group
+// with its h B while its sums are in the cache, since to read and write all of y once more would cost more than the
+// adapters' arithmetic. A call without adapters multiplies weights alone, a call without weights (they were multiplied
+// elsewhere) adds to what is there.
 
 #pragma once
 
@@ -21,9 +24,12 @@ inline Additions checked_additions(const at::Tensor& table, int64_t first, int64
               "adapters: table must be int64 [num_entries, 6]");
   TORCH_CHECK(0 <= first && first <= last && last <= table.size(0), "adapters: no rows ", first, " to ", last);
   const auto* entries = reinterpret_cast<const LoraEntry*>(table.const_data_ptr<int64_t>());
-  for (const LoraEntry* e = entries + first; e != entries + last; ++e) {
+  const LoraEntry* before = nullptr;
+  for (const LoraEntry* e = entries + first; e != entries + last; before = e++) {
     TORCH_CHECK(0 <= e->start && e->start <= e->end && e->end <= tokens, "adapters: tokens ", e->start, " to ", e->end,
                 " of ", tokens);
+    TORCH_CHECK(!before || same_tokens(*before, *e) || before->end <= e->start, "adapters: tokens from ", e->start,
+                " on after those up to ", before->end);
   }
   return {entries + first, last - first, nullptr};
 }
@@ -56,40 +62,54 @@ void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>
   std::vector<ProductUnit> units;
   if (multiply) units = product_units(products, whole, tokens, d_in, &group_rows);
   const int64_t num_units = static_cast<int64_t>(units.size());
-  const int64_t num_items = num_units + static_cast<int64_t>(shrinks.size());
-  int64_t work = rank_rows * d_in;
-  for (const ProductUnit& unit : units) work += (unit.end - unit.begin) * d_in * tokens;
-  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item, int64_t next) {
-    // The matrices of adapters are small: without this, each would begin by waiting for memory.
-    if (next >= num_units && next < num_items) prefetch_shrink<T>(shrinks[next - num_units], d_in);
-    if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
+  const int64_t num_shrinks = static_cast<int64_t>(shrinks.size());
+  const auto expand_unit = [&](int64_t i, int64_t begin, int64_t end) {
+    const Additions& a = additions[i];
+    return ExpandUnit<T>{a.entries, a.count, a.h, products[i].y, products[i].d_out, begin, end};
+  };
+  const auto multiply_unit = [&](int64_t item, int64_t next, const auto& finish) {
     const ProductUnit& unit = units[item];
     const T* after = nullptr;
     if (next < num_units && products[units[next].product].w &&
         units[next].begin + group_rows <= products[units[next].product].d_out) {
       after = products[units[next].product].w + units[next].begin * d_in;
     }
-    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end, after);
+    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end, after, finish);
+  };
+  int64_t product_work = 0;
+  for (const ProductUnit& unit : units) product_work += (unit.end - unit.begin) * d_in * tokens;
+
+  if (num_units && num_shrinks && tokens > kFewTokens && group_rows % kBlock == 0) {
+    share_out(num_shrinks, rank_rows * d_in / num_shrinks,
+              [&](int64_t item, int64_t) { shrink<T>(shrinks[item], prepared, d_in); });
+    share_out(num_units, product_work / num_units, [&](int64_t item, int64_t next) {
+      multiply_unit(item, next, [&](const GroupSums<T>& sums) {
+        expand_sums(expand_unit(units[item].product, sums.row, sums.row + sums.rows), sums, tokens);
+      });
+    });
+    return;
+  }
+
+  const int64_t num_items = num_units + num_shrinks;
+  const int64_t work = rank_rows * d_in + product_work;
+  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item, int64_t next) {
+    // The matrices of adapters are small: without this, each would begin by waiting for memory.
+    if (next >= num_units && next < num_items) prefetch_shrink<T>(shrinks[next - num_units], d_in);
+    if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
+    multiply_unit(item, next, [&](const GroupSums<T>& sums) { store_sums(sums, tokens); });
   });
   if (shrinks.empty()) return;
 
-  std::vector<std::pair<size_t, int64_t>> expands;
+  std::vector<ExpandUnit<T>> expands;
   for (size_t i = 0; i < products.size(); ++i) {
     if (additions[i].count == 0) continue;
-    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) expands.emplace_back(i, c);
+    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) {
+      expands.push_back(expand_unit(i, c, std::min(c + kExpandAtOnce, products[i].d_out)));
+    }
   }
-  const auto unit = [&](int64_t item) {
-    const auto [i, begin] = expands[item];
-    const Additions& a = additions[i];
-    const int64_t end = std::min(begin + kExpandAtOnce, products[i].d_out);
-    return ExpandUnit<T>{a.entries, a.count, a.h, products[i].y, products[i].d_out, begin, end};
-  };
   const int64_t num_expands = static_cast<int64_t>(expands.size());
   share_out(num_expands, rank_rows * kExpandAtOnce, [&](int64_t item, int64_t next) {
-    const ExpandUnit<T> here = unit(item);
-    if (next == num_expands) return expand<T>(here, nullptr);
-    const ExpandUnit<T> after = unit(next);
-    expand<T>(here, &after);
+    expand<T>(expands[item], next < num_expands ? &expands[next] : nullptr);
   });
 }
 

@@ -102,33 +102,65 @@ void prefetch_expand(const ExpandUnit<T>& unit, int64_t first) {
   }
 }
 
-// `next` is what the thread adds after this, if anything.
-template <typename T>
-void expand(const ExpandUnit<T>& unit, const ExpandUnit<T>* next) {
-  thread_local std::vector<Run<T>> runs;
-  thread_local std::vector<T*> rows;
+// each(first, last, h) for every segment of the unit, in order: its entries, and where their part of h begins.
+template <typename T, typename F>
+void for_each_segment(const ExpandUnit<T>& unit, const F& each) {
   const float* h = unit.h;
   for (int64_t first = 0, last = 0; first < unit.count; first = last) {
     last = same_segment(unit.entries, first, unit.count);
+    each(first, last, h);
+    for (int64_t i = first; i < last; ++i) h += (unit.entries[i].end - unit.entries[i].start) * unit.entries[i].rank;
+  }
+}
+
+// y of tokens [start, end) = before + the h B of entries [first, last), which are these tokens', or none.
+template <typename T, typename Before>
+void expand_tokens(const ExpandUnit<T>& unit, int64_t first, int64_t last, const float* h, int64_t start, int64_t end,
+                   const Before& before) {
+  thread_local std::vector<Run<T>> runs;
+  thread_local std::vector<T*> rows;
+  runs.clear();
+  rows.clear();
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t rank = unit.entries[i].rank;
+    runs.push_back({reinterpret_cast<const T*>(unit.entries[i].b), h, rank, rank});
+    h += (end - start) * rank;
+  }
+  for (int64_t t = start; t < end; ++t) rows.push_back(unit.y + t * unit.d_out);
+  for (int64_t column = unit.begin; column < unit.end; column += kExpandColumns) {
+    axpy(rows.data(), end - start, before(rows.data()), runs.data(), static_cast<int64_t>(runs.size()), unit.d_out,
+         column, std::min(column + kExpandColumns, unit.end));
+  }
+}
+
+// Onto what y has already. `next` is what the thread adds after this, if anything.
+template <typename T>
+void expand(const ExpandUnit<T>& unit, const ExpandUnit<T>* next) {
+  for_each_segment(unit, [&](int64_t first, int64_t last, const float* h) {
     if (last < unit.count) {
       prefetch_expand(unit, last);
     } else if (next) {
       prefetch_expand(*next, 0);
     }
-    const int64_t length = unit.entries[first].end - unit.entries[first].start;
-    runs.clear();
-    rows.clear();
-    for (int64_t i = first; i < last; ++i) {
-      const LoraEntry& e = unit.entries[i];
-      runs.push_back({reinterpret_cast<const T*>(e.b), h, e.rank, e.rank});
-      h += length * e.rank;
-    }
-    for (int64_t t = 0; t < length; ++t) rows.push_back(unit.y + (unit.entries[first].start + t) * unit.d_out);
-    for (int64_t column = unit.begin; column < unit.end; column += kExpandColumns) {
-      axpy(rows.data(), length, true, runs.data(), static_cast<int64_t>(runs.size()), unit.d_out, column,
-           std::min(column + kExpandColumns, unit.end));
-    }
-  }
+    const LoraEntry& e = unit.entries[first];
+    expand_tokens(unit, first, last, h, e.start, e.end, [](T* const* rows) { return FromRows<T>{rows}; });
+  });
+}
+
+// Onto what the weights gave, before it is rounded and leaves the cache: every token is written, with an adapter or
+// without. Segments are in the order of their tokens.
+template <typename T>
+void expand_sums(const ExpandUnit<T>& unit, const GroupSums<T>& sums, int64_t tokens) {
+  int64_t done = 0;
+  const auto write = [&](int64_t first, int64_t last, const float* h, int64_t end) {
+    expand_tokens(unit, first, last, h, done, end, [&](T* const*) { return sums.from_token(done); });
+    done = end;
+  };
+  for_each_segment(unit, [&](int64_t first, int64_t last, const float* h) {
+    write(0, 0, nullptr, unit.entries[first].start);
+    write(first, last, h, unit.entries[first].end);
+  });
+  write(0, 0, nullptr, tokens);
 }
 
 }  // namespace adapterd

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace adapterd {
@@ -61,6 +62,12 @@ inline Vec load_second(const float* p) { return load_as<Vec>(p + kLanes); }
 inline Vec load_first(const bf16* p) { return bits<Vec>(load_as<Words>(p) << 16); }
 inline Vec load_second(const bf16* p) { return bits<Vec>(load_as<Words>(p) & 0xffff0000u); }
 
+// The even numbers of two vectors, and the odd ones.
+template <std::size_t... I>
+inline Pair every_other(Pair v, std::index_sequence<I...>) {
+  return {__builtin_shufflevector(v.a, v.b, 2 * I...), __builtin_shufflevector(v.a, v.b, 2 * I + 1 ...)};
+}
+
 template <typename T>
 inline Pair load_pair(const T* p) {
   return {load_first(p), load_second(p)};
@@ -83,6 +90,17 @@ inline void store_pair(bf16* p, Pair v) {
   std::memcpy(p, &raw, sizeof raw);
 }
 
+// Numbers of float32, a block of them, in the order in which load_pair gives numbers of T.
+template <typename T>
+inline Pair load_as_pair_of(const float* p) {
+  const Pair pair = load_pair(p);
+  if constexpr (std::is_same_v<T, float>) {
+    return pair;
+  } else {
+    return every_other(pair, std::make_index_sequence<kLanes>{});
+  }
+}
+
 // The first `count` < kBlock numbers of a block; the others are zero.
 template <typename T>
 inline Pair load_pair(const T* p, int64_t count) {
@@ -97,6 +115,14 @@ inline void store_pair(T* p, Pair v, int64_t count) {
   store_pair(padded, v);
   std::memcpy(p, padded, count * sizeof(T));
 }
+
+// A float32 sum among others of a block, which are kept in the order of a pair, whole blocks only.
+struct Split {
+  float sum;
+};
+
+inline Pair load_pair(const Split* p, int64_t = kBlock) { return load_pair(&p->sum); }
+inline void store_pair(Split* p, Pair v, int64_t = kBlock) { store_pair(&p->sum, v); }
 
 template <int N>
 struct Floats {

@@ -1,7 +1,7 @@
 // The two products that everything here is made of, for any number of tokens. Both accumulate in float32.
 //
 //   dot   out[i][j] += sum_k w[j][k] * x[i][k]      rows of weights, of A, of keys
-//   axpy  y[i][:]  += sum_r h[i][r] * b[r][:]      rows of B, of values
+//   axpy  y[i][:] = before[i][:] + sum_r h[i][r] * b[r][:]      rows of B, of values
 
 #pragma once
 
@@ -78,24 +78,34 @@ struct Run {
   int64_t rows;
 };
 
-// y[i][column + c] (+)= sum over all rows of all runs of h * b, for NT tokens and NC blocks of columns. Tokens start at
-// `token` in every h. With `partial`, the last block has only that many columns.
-template <typename T, int NT, int NC>
-inline void axpy_tile(T* const* y, bool add, const Run<T>* runs, int64_t num_runs, int64_t ldb, int64_t token,
-                      int64_t column, int64_t partial) {
+// What a sum begins with: `before(token, column, partial)` is a block from there on, or its first `partial` numbers.
+struct FromZero {
+  Pair operator()(int64_t, int64_t, int64_t) const { return Pair{}; }
+};
+
+template <typename Y>
+struct FromRows {
+  Y* const* y;
+  Pair operator()(int64_t token, int64_t column, int64_t partial) const {
+    return partial ? load_pair(y[token] + column, partial) : load_pair(y[token] + column);
+  }
+};
+
+// y[token + i][column + c] = before + sum over all rows of all runs of h * b, for NT tokens and NC blocks of columns; Y
+// is T, or Split.
+// With `partial`, the last block has only that many columns.
+template <int NT, int NC, typename Y, typename T, typename Before>
+inline void axpy_tile(Y* const* y, const Before& before, const Run<T>* runs, int64_t num_runs, int64_t ldb,
+                      int64_t token, int64_t column, int64_t partial) {
   Vec first[NT][NC];
   Vec second[NT][NC];
 #pragma GCC unroll 8
   for (int i = 0; i < NT; ++i) {
 #pragma GCC unroll 8
     for (int c = 0; c < NC; ++c) {
-      Pair before{};
-      if (add) {
-        const T* from = y[i] + column + c * kBlock;
-        before = partial ? load_pair(from, partial) : load_pair(from);
-      }
-      first[i][c] = before.a;
-      second[i][c] = before.b;
+      const Pair begin = before(token + i, column + c * kBlock, partial);
+      first[i][c] = begin.a;
+      second[i][c] = begin.b;
     }
   }
   for (int64_t index = 0; index < num_runs; ++index) {
@@ -121,7 +131,7 @@ inline void axpy_tile(T* const* y, bool add, const Run<T>* runs, int64_t num_run
   for (int i = 0; i < NT; ++i) {
 #pragma GCC unroll 8
     for (int c = 0; c < NC; ++c) {
-      T* to = y[i] + column + c * kBlock;
+      Y* to = y[token + i] + column + c * kBlock;
       const Pair after{first[i][c], second[i][c]};
       if (partial) {
         store_pair(to, after, partial);
@@ -132,34 +142,32 @@ inline void axpy_tile(T* const* y, bool add, const Run<T>* runs, int64_t num_run
   }
 }
 
-template <typename T, int NT, int NC>
-inline void axpy_columns(T* const* y, bool add, const Run<T>* runs, int64_t num_runs, int64_t ldb, int64_t token,
-                         int64_t begin, int64_t end) {
+template <int NT, int NC, typename Y, typename T, typename Before>
+inline void axpy_columns(Y* const* y, const Before& before, const Run<T>* runs, int64_t num_runs, int64_t ldb,
+                         int64_t token, int64_t begin, int64_t end) {
   int64_t c = begin;
-  for (; c + NC * kBlock <= end; c += NC * kBlock) {
-    axpy_tile<T, NT, NC>(y, add, runs, num_runs, ldb, token, c, 0);
-  }
-  for (; c + kBlock <= end; c += kBlock) axpy_tile<T, NT, 1>(y, add, runs, num_runs, ldb, token, c, 0);
-  if (c < end) axpy_tile<T, NT, 1>(y, add, runs, num_runs, ldb, token, c, end - c);
+  for (; c + NC * kBlock <= end; c += NC * kBlock) axpy_tile<NT, NC>(y, before, runs, num_runs, ldb, token, c, 0);
+  for (; c + kBlock <= end; c += kBlock) axpy_tile<NT, 1>(y, before, runs, num_runs, ldb, token, c, 0);
+  if (c < end) axpy_tile<NT, 1>(y, before, runs, num_runs, ldb, token, c, end - c);
 }
 
-// y[i][begin:end] (+)= sum over the runs' rows of h[i] * b, for any number of tokens; y[i] are their rows.
-template <typename T>
-inline void axpy(T* const* y, int64_t tokens, bool add, const Run<T>* runs, int64_t num_runs, int64_t ldb,
+// y[i][begin:end] = before + the sum over the runs' rows of h[i] * b, for any number of tokens; y[i] are their rows.
+template <typename Y, typename T, typename Before>
+inline void axpy(Y* const* y, int64_t tokens, const Before& before, const Run<T>* runs, int64_t num_runs, int64_t ldb,
                  int64_t begin, int64_t end) {
   constexpr int kMost = kFewRegisters ? 4 : 8;  // tokens of one tile: two sums for each block of each
   constexpr int kWide = kFewRegisters ? 1 : 2;
   int64_t t = 0;
-  for (; t + kMost <= tokens; t += kMost) axpy_columns<T, kMost, 1>(y + t, add, runs, num_runs, ldb, t, begin, end);
+  for (; t + kMost <= tokens; t += kMost) axpy_columns<kMost, 1>(y, before, runs, num_runs, ldb, t, begin, end);
   if (t + 4 <= tokens) {
-    axpy_columns<T, 4, kWide>(y + t, add, runs, num_runs, ldb, t, begin, end);
+    axpy_columns<4, kWide>(y, before, runs, num_runs, ldb, t, begin, end);
     t += 4;
   }
   if (t + 2 <= tokens) {
-    axpy_columns<T, 2, 2 * kWide>(y + t, add, runs, num_runs, ldb, t, begin, end);
+    axpy_columns<2, 2 * kWide>(y, before, runs, num_runs, ldb, t, begin, end);
     t += 2;
   }
-  if (t < tokens) axpy_columns<T, 1, 4>(y + t, add, runs, num_runs, ldb, t, begin, end);
+  if (t < tokens) axpy_columns<1, 4>(y, before, runs, num_runs, ldb, t, begin, end);
 }
 
 }  // namespace adapterd
