@@ -14,6 +14,7 @@ from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.model.attention import ContextFactory, register_attention
 from adapterd.model.checkpoint import DtypeName, QuantizationName, exact_context, load_weights, read_config
 from adapterd.model.find import find_base
+from adapterd.model.huge_pages import use_huge_pages
 from adapterd.model.int8 import quantize_linears
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
@@ -125,6 +126,8 @@ def base_of(
     if quantization == "int8":
         quantize_linears(model)
     model.to(device)
+    if device.type == "cpu":
+        use_huge_pages(model)
 
     chosen = choose_kernels(kernels, device, model.dtype)
     seams = attach_seams(model, chosen)
