@@ -10,6 +10,8 @@
 
 #include "lora.h"
 
+#include <utility>
+
 namespace adapterd {
 
 // What adapters do to one product: `count` entries, their results' place in h.
@@ -34,84 +36,111 @@ inline Additions checked_additions(const at::Tensor& table, int64_t first, int64
   return {entries + first, last - first, nullptr};
 }
 
+// One call, cut into pieces. With `multiply` every y is written, without it is added to.
 template <typename T>
-void run_linears(const std::vector<Product<T>>& products, std::vector<Additions>& additions, const T* x, int64_t tokens,
-                 int64_t d_in, bool multiply) {
-  int64_t num_h = 0;
-  int64_t rank_rows = 0;
-  for (const Additions& a : additions) num_h += shrunk_size(a.entries, a.count);
-  at::Tensor shrunk = at::empty({num_h}, at::kFloat);
-  float* h = shrunk.mutable_data_ptr<float>();
-  std::vector<ShrinkUnit> shrinks;
-  for (Additions& a : additions) {
-    a.h = h;
-    cut_shrink(a.entries, a.count, h, shrinks);
-    h += shrunk_size(a.entries, a.count);
-    for (const LoraEntry* e = a.entries; e != a.entries + a.count; ++e) rank_rows += e->rank * (e->end - e->start + 4);
-  }
-
-  bool whole = false;
-  bool plain = !shrinks.empty();
-  for (const Product<T>& product : products) {
-    whole |= product.whole != nullptr;
-    plain |= product.w != nullptr;
-  }
-  const PreparedRows<T> prepared = prepare_rows(x, tokens, d_in, plain, whole);
-
-  int64_t group_rows = 0;
-  std::vector<ProductUnit> units;
-  if (multiply) units = product_units(products, whole, tokens, d_in, &group_rows);
-  const int64_t num_units = static_cast<int64_t>(units.size());
-  const int64_t num_shrinks = static_cast<int64_t>(shrinks.size());
-  const auto expand_unit = [&](int64_t i, int64_t begin, int64_t end) {
-    const Additions& a = additions[i];
-    return ExpandUnit<T>{a.entries, a.count, a.h, products[i].y, products[i].d_out, begin, end};
-  };
-  const auto multiply_unit = [&](int64_t item, int64_t next, const auto& finish) {
-    const ProductUnit& unit = units[item];
-    const T* after = nullptr;
-    if (next < num_units && products[units[next].product].w &&
-        units[next].begin + group_rows <= products[units[next].product].d_out) {
-      after = products[units[next].product].w + units[next].begin * d_in;
+class LinearsCall {
+ public:
+  LinearsCall(std::vector<Product<T>> products, std::vector<Additions> additions, const T* x, int64_t tokens,
+              int64_t d_in, bool multiply)
+      : products_(std::move(products)), additions_(std::move(additions)), tokens_(tokens), d_in_(d_in) {
+    cut_adapters();
+    bool whole = false;
+    bool plain = !shrinks_.empty();
+    for (const Product<T>& product : products_) {
+      whole |= product.whole != nullptr;
+      plain |= product.w != nullptr;
     }
-    multiply_rows(products[unit.product], prepared, tokens, d_in, group_rows, unit.begin, unit.end, after, finish);
-  };
-  int64_t product_work = 0;
-  for (const ProductUnit& unit : units) product_work += (unit.end - unit.begin) * d_in * tokens;
+    x_ = prepare_rows(x, tokens, d_in, plain, whole);
+    if (multiply) units_ = product_units(products_, whole, tokens, d_in, &group_rows_);
+    for (const ProductUnit& unit : units_) product_work_ += (unit.end - unit.begin) * d_in * tokens;
+  }
 
-  if (num_units && num_shrinks && tokens > kFewTokens && group_rows % kBlock == 0) {
-    share_out(num_shrinks, rank_rows * d_in / num_shrinks,
-              [&](int64_t item, int64_t) { shrink<T>(shrinks[item], prepared, d_in); });
-    share_out(num_units, product_work / num_units, [&](int64_t item, int64_t next) {
-      multiply_unit(item, next, [&](const GroupSums<T>& sums) {
-        expand_sums(expand_unit(units[item].product, sums.row, sums.row + sums.rows), sums, tokens);
+  void run() const {
+    const bool many = tokens_ > kFewTokens && group_rows_ % kBlock == 0;
+    if (units_.empty() || shrinks_.empty() || !many) return run_few();
+    run_many();
+  }
+
+ private:
+  void cut_adapters() {
+    int64_t num_h = 0;
+    for (const Additions& a : additions_) num_h += shrunk_size(a.entries, a.count);
+    shrunk_ = at::empty({num_h}, at::kFloat);
+    float* h = shrunk_.mutable_data_ptr<float>();
+    for (Additions& a : additions_) {
+      a.h = h;
+      cut_shrink(a.entries, a.count, h, shrinks_);
+      h += shrunk_size(a.entries, a.count);
+      for (const LoraEntry* e = a.entries; e != a.entries + a.count; ++e) {
+        rank_rows_ += e->rank * (e->end - e->start + 4);
+      }
+    }
+  }
+
+  int64_t num_units() const { return static_cast<int64_t>(units_.size()); }
+  int64_t num_shrinks() const { return static_cast<int64_t>(shrinks_.size()); }
+
+  // `next` is the unit that the thread multiplies next, if there is one.
+  template <typename F>
+  void multiply(int64_t item, int64_t next, const F& finish) const {
+    const ProductUnit& unit = units_[item];
+    const T* after = nullptr;
+    if (next < num_units()) {
+      const Product<T>& product = products_[units_[next].product];
+      if (product.w && units_[next].begin + group_rows_ <= product.d_out) after = product.w + units_[next].begin * d_in_;
+    }
+    multiply_rows(products_[unit.product], x_, tokens_, d_in_, group_rows_, unit.begin, unit.end, after, finish);
+  }
+
+  ExpandUnit<T> expand_unit(int64_t i, int64_t begin, int64_t end) const {
+    return {additions_[i].entries, additions_[i].count, additions_[i].h, products_[i].y, products_[i].d_out, begin, end};
+  }
+
+  void run_many() const {
+    share_out(num_shrinks(), rank_rows_ * d_in_ / num_shrinks(),
+              [&](int64_t item, int64_t) { shrink<T>(shrinks_[item], x_, d_in_); });
+    share_out(num_units(), product_work_ / num_units(), [&](int64_t item, int64_t next) {
+      multiply(item, next, [&](const GroupSums<T>& sums) {
+        expand_sums(expand_unit(units_[item].product, sums.row, sums.row + sums.rows), sums, tokens_);
       });
     });
-    return;
   }
 
-  const int64_t num_items = num_units + num_shrinks;
-  const int64_t work = rank_rows * d_in + product_work;
-  share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item, int64_t next) {
-    // The matrices of adapters are small: without this, each would begin by waiting for memory.
-    if (next >= num_units && next < num_items) prefetch_shrink<T>(shrinks[next - num_units], d_in);
-    if (item >= num_units) return shrink<T>(shrinks[item - num_units], prepared, d_in);
-    multiply_unit(item, next, [&](const GroupSums<T>& sums) { store_sums(sums, tokens); });
-  });
-  if (shrinks.empty()) return;
+  void run_few() const {
+    const int64_t num_items = num_units() + num_shrinks();
+    const int64_t work = rank_rows_ * d_in_ + product_work_;
+    share_out(num_items, work / std::max<int64_t>(1, num_items), [&](int64_t item, int64_t next) {
+      // The matrices of adapters are small: without this, each would begin by waiting for memory.
+      if (next >= num_units() && next < num_items) prefetch_shrink<T>(shrinks_[next - num_units()], d_in_);
+      if (item >= num_units()) return shrink<T>(shrinks_[item - num_units()], x_, d_in_);
+      multiply(item, next, [&](const GroupSums<T>& sums) { store_sums(sums, tokens_); });
+    });
+    if (shrinks_.empty()) return;
 
-  std::vector<ExpandUnit<T>> expands;
-  for (size_t i = 0; i < products.size(); ++i) {
-    if (additions[i].count == 0) continue;
-    for (int64_t c = 0; c < products[i].d_out; c += kExpandAtOnce) {
-      expands.push_back(expand_unit(i, c, std::min(c + kExpandAtOnce, products[i].d_out)));
+    std::vector<ExpandUnit<T>> expands;
+    for (size_t i = 0; i < products_.size(); ++i) {
+      if (additions_[i].count == 0) continue;
+      for (int64_t c = 0; c < products_[i].d_out; c += kExpandAtOnce) {
+        expands.push_back(expand_unit(static_cast<int64_t>(i), c, std::min(c + kExpandAtOnce, products_[i].d_out)));
+      }
     }
+    const int64_t num_expands = static_cast<int64_t>(expands.size());
+    share_out(num_expands, rank_rows_ * kExpandAtOnce, [&](int64_t item, int64_t next) {
+      expand<T>(expands[item], next < num_expands ? &expands[next] : nullptr);
+    });
   }
-  const int64_t num_expands = static_cast<int64_t>(expands.size());
-  share_out(num_expands, rank_rows * kExpandAtOnce, [&](int64_t item, int64_t next) {
-    expand<T>(expands[item], next < num_expands ? &expands[next] : nullptr);
-  });
-}
+
+  std::vector<Product<T>> products_;
+  std::vector<Additions> additions_;
+  int64_t tokens_, d_in_;
+  at::Tensor shrunk_;  // every x A^T
+  std::vector<ShrinkUnit> shrinks_;
+  int64_t rank_rows_ = 0;
+  PreparedRows<T> x_;
+  std::vector<ProductUnit> units_;
+  int64_t group_rows_ = 0;
+  int64_t product_work_ = 0;
+};
 
 inline void check_input(const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1 && x.is_contiguous(), "linears: x must be contiguous");
@@ -173,7 +202,7 @@ inline std::vector<at::Tensor> linears(const at::Tensor& x, const std::vector<at
       if (table) adapters = checked_additions(*table, bounds[2 * i], bounds[2 * i + 1], tokens);
       additions.push_back(adapters);
     }
-    run_linears(products, additions, x.const_data_ptr<T>(), tokens, d_in, true);
+    LinearsCall<T>(std::move(products), std::move(additions), x.const_data_ptr<T>(), tokens, d_in, true).run();
   });
   return found;
 }
@@ -194,9 +223,9 @@ inline void add_lora(at::Tensor& y, const at::Tensor& x, const at::Tensor& table
   TORCH_CHECK(x.scalar_type() == y.scalar_type(), "add_lora: x and y differ in type");
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<Product<T>> products{{nullptr, nullptr, y.mutable_data_ptr<T>(), y.size(1)}};
-    std::vector<Additions> additions{checked_additions(table, first, last, x.size(0))};
-    run_linears(products, additions, x.const_data_ptr<T>(), x.size(0), x.size(1), false);
+    const Product<T> product{nullptr, nullptr, y.mutable_data_ptr<T>(), y.size(1)};
+    const Additions adapters = checked_additions(table, first, last, x.size(0));
+    LinearsCall<T>({product}, {adapters}, x.const_data_ptr<T>(), x.size(0), x.size(1), false).run();
   });
 }
 
