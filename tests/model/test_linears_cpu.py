@@ -87,7 +87,8 @@ def test_linears_and_their_adapters(dtype: torch.dtype, is_int8: bool, num_token
             expected += bias.double()
         reference.add(path, expected, x.double())
         if dtype == torch.float32:
-            tolerance = {"atol": 1e-5, "rtol": 1e-5}
+            # Numbers of up to some 60, and on some processors products are rounded before they are added.
+            tolerance = {"atol": 5e-5, "rtol": 1e-5}
         elif num_tokens <= 48:
             # y is rounded, then what adapters add to it: a last place of the larger of the two.
             tolerance = {"atol": 0.05, "rtol": 2.0**-7}
