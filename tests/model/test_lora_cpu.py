@@ -58,7 +58,7 @@ def check(step: NativeLoraStep, segments: tuple[Segment, ...], num_tokens: int, 
         step.add(path, found, x)
         reference.add(path, expected, x.double())
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
-        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=rounding)
+        torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=rounding)
         assert torch.equal(found[untouched], y[untouched])
 
 
