@@ -6,6 +6,7 @@ import torch
 from adapterd.model.int8 import quantize_rows
 from adapterd.model.lora import LoraProduct, LoraStep, Products, Segment
 from adapterd.model.lora_cpu import NativeLoraStep
+from tests.model.test_lora_cpu import in_double
 from tests.native_kernels import require_native_kernels
 
 pytestmark = pytest.mark.usefixtures("several_threads")
@@ -40,20 +41,6 @@ def mixed_segments(num_tokens: int, dtype: torch.dtype) -> tuple[Segment, ...]:
         Segment(second, second, products_of("wide", (8,), dtype, 1)),
         Segment(second, third, products_of("narrow", (64,), dtype, 2)),
         Segment(third + 1, num_tokens - 1, products_of("wide", (1,), dtype, 3)),
-    )
-
-
-def in_double(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    return tuple(
-        Segment(
-            s.start,
-            s.end,
-            {
-                path: tuple(LoraProduct(p.a.double(), p.b_t.double(), p.scale) for p in parts)
-                for path, parts in s.products.items()
-            },
-        )
-        for s in segments
     )
 
 
