@@ -24,8 +24,9 @@ _LEAST_ROOM = 1.25
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Move the model's large tensors, in place; returns how many bytes. None where Linux has no such pages to give, or
-    too little memory is free.
+    """Move the model's large tensors, in place; returns how many bytes.
+
+    0 where the system has no such pages to give, or too little memory is free.
     """
     tensors = list(_large_tensors(model))
     num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)

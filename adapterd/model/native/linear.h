@@ -49,7 +49,6 @@ struct GroupSums {
 
   // As axpy's `before`: a block of y.
   Pair operator()(int64_t token, int64_t column, int64_t partial) const {
-    const auto load = [partial](const auto* p) { return partial ? load_pair(p, partial) : load_pair(p); };
     const auto in_order = [partial](const float* p) {
       if (!partial) return load_as_pair_of<T>(p);
       float padded[kBlock] = {};
@@ -62,7 +61,8 @@ struct GroupSums {
       y = {y.a * scale.a, y.b * scale.b};
     }
     if (product.bias) {
-      const Pair bias = load(product.bias + column);
+      const T* from = product.bias + column;
+      const Pair bias = partial ? load_pair(from, partial) : load_pair(from);
       y = {y.a + bias.a, y.b + bias.b};
     }
     return y;

@@ -92,8 +92,7 @@ struct FromRows {
 };
 
 // y[token + i][column + c] = before + sum over all rows of all runs of h * b, for NT tokens and NC blocks of columns; Y
-// is T, or Split.
-// With `partial`, the last block has only that many columns.
+// is T, or Split. With `partial`, the last block has only that many columns.
 template <int NT, int NC, typename Y, typename T, typename Before>
 inline void axpy_tile(Y* const* y, const Before& before, const Run<T>* runs, int64_t num_runs, int64_t ldb,
                       int64_t token, int64_t column, int64_t partial) {
