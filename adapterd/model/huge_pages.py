@@ -17,6 +17,8 @@ from adapterd.host_memory import free_host_bytes
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE_BYTES = 2 << 20
+_LEAST_BYTES = mmap.PAGESIZE
+"""Of a tensor that moves: what is smaller takes no page of its own."""
 _ALIGN_BYTES = 64
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_ROOM = 1.25
@@ -24,13 +26,13 @@ _LEAST_ROOM = 1.25
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Move the model's large tensors, in place; returns how many bytes.
+    """Move the model's tensors of a page or more, in place; returns how many bytes.
 
-    0 where the system has no such pages to give, or too little memory is free.
+    0 where they fill no large page, the system has none to give, or too little memory is free.
     """
-    tensors = list(_large_tensors(model))
+    tensors = list(_tensors(model))
     num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
-    if not tensors or not _offered():
+    if num_bytes < HUGE_PAGE_BYTES or not _offered():
         return 0
     free = free_host_bytes()
     if free < _LEAST_ROOM * num_bytes:
@@ -53,10 +55,10 @@ def use_huge_pages(model: nn.Module) -> int:
     return num_bytes
 
 
-def _large_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Each once, though several modules may hold it."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE_BYTES:
+        if tensor.device.type == "cpu" and tensor.nbytes >= _LEAST_BYTES:
             yield tensor
 
 

@@ -35,13 +35,13 @@ def allowed(expected: torch.Tensor, d_in: int, dtype: torch.dtype) -> torch.Tens
 
 
 def allowed_for_fixed(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What native/fixed.h may add in bfloat16: each x off by half a unit of its 256 columns, as chance has it.
+    """What native/fixed.h may add in bfloat16: each x off by half a unit of its 1024 columns, as chance has it.
 
     A unit is a 2^-14th of the block's largest at most; ten standard deviations of the sum of such errors.
     """
     weight = values.double() * scales.double()[:, None]
     variance = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
-    for block_x, block_w in zip(x.double().split(256, 1), weight.split(256, 1), strict=True):
+    for block_x, block_w in zip(x.double().split(1024, 1), weight.split(1024, 1), strict=True):
         unit = 2.0**-14 * block_x.abs().amax(1, keepdim=True)
         variance += (unit * block_w.norm(dim=1)) ** 2 / 12
     return 10 * variance.sqrt()
@@ -106,15 +106,15 @@ def test_a_weight_is_at_most_half_a_step_off_and_a_row_of_zeros_stays_zero() -> 
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_numbers_near_the_largest_of_their_columns_stay_exact(tokens: int) -> None:
-    """A bfloat16 within a 128th of the largest of its 256 columns keeps all its bits, whatever other columns hold."""
+    """A bfloat16 within a 128th of the largest of its 1024 columns keeps all its bits, whatever other columns hold."""
     require_native_kernels()
     generator = torch.Generator().manual_seed(5)
-    d_in = 600
+    d_in = 2100
     x = torch.randint(1, 128, (tokens, d_in), generator=generator).to(torch.bfloat16)
-    x[:, 256:512] *= 2.0**-20
-    x[0, 520] = 128 * 127.0
+    x[:, 1024:2048] *= 2.0**-20
+    x[0, 2060] = 128 * 127.0
     values = torch.randint(-1, 2, (9, d_in), generator=generator).to(torch.int8)
-    values[:, 520] = 0
+    values[:, 2060] = 0
     expected = written_out(x, values, None, torch.ones(9))
     found = native_linear(x, values, None, torch.ones(9))
     assert torch.equal(found, expected.to(torch.bfloat16))

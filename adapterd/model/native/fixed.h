@@ -1,9 +1,10 @@
 // x as whole numbers of 16 bits, to be multiplied by weights that are whole numbers of 8.
 //
 // Where no instruction multiplies bfloat16, whole numbers are cheaper than float32: one instruction multiplies pairs of
-// 16 bits and adds each pair, and their sums are exact. So x becomes whole numbers times a power of two for every 256
+// 16 bits and adds each pair, and their sums are exact. So x becomes whole numbers times a power of two for every 1024
 // columns, such that the largest takes all 15 bits. A bfloat16 has 8: what is within a 128th of the block's largest
-// stays as it is, and smaller numbers are off by a 2^-15th of that at most.
+// stays as it is, and smaller numbers are off by a 2^-15th of that at most. Where one number is a thousand times the
+// others, what does not see it is off by 0.6%, less than what the rounding of weights does (0.9%).
 
 #pragma once
 
@@ -13,7 +14,7 @@
 
 namespace adapterd {
 
-constexpr int64_t kFixedColumns = 256;
+constexpr int64_t kFixedColumns = 1024;
 
 // numbers[k] * unit, for the columns of one block of one row; zeros after the last column.
 struct alignas(kLineBytes) FixedBlock {
@@ -27,7 +28,8 @@ constexpr float kRounding = 3 << 22;  // 1.5 * 2^23
 
 inline int64_t fixed_stride(int64_t n) { return (n + kFixedColumns - 1) / kFixedColumns; }
 
-// `n` <= 256 numbers. A block with a number that is not finite has NaN for its unit, and so has what it is multiplied by.
+// `n` <= kFixedColumns numbers. A block with a number that is not finite has NaN for its unit, and so has what it is
+// multiplied by.
 inline void fix_block(const bf16* x, int64_t n, FixedBlock& out) {
   const auto each = [&](const auto& use) __attribute__((always_inline)) {
     int64_t k = 0;
@@ -97,10 +99,9 @@ template <int NW, int NX>
 inline void dot_tile(const int8_t* w, int64_t ldw, int64_t gap, const FixedBlock* x, int64_t ldx, int64_t n, float* out,
                      int64_t ldo, Prefetch<int8_t> next) {
   const int64_t stride_w = ldw * gap;
-  Vec sums[NX][NW] = {};
   for (int64_t begin = 0; begin < n; begin += kFixedColumns, ++x) {
     const int8_t* block_w = w + begin;
-    // At most 2^7 * 2^15 * 256 / kLanes: far from the end of 32 bits.
+    // At most 2^7 * 2^15 * 1024 / kLanes: far from the end of 32 bits.
     Ints whole[NX][NW];
 #pragma GCC unroll 8
     for (int i = 0; i < NX; ++i) {
@@ -135,14 +136,15 @@ inline void dot_tile(const int8_t* w, int64_t ldw, int64_t gap, const FixedBlock
       for (int j = 0; j < NW; ++j) std::memcpy(rest[j], block_w + j * stride_w + k, columns - k);
       add(rest[0], kBlock, k);
     }
+    Vec sums[NX][NW];
 #pragma GCC unroll 8
     for (int i = 0; i < NX; ++i) {
       const Vec unit = splat(x[i * ldx].unit);
 #pragma GCC unroll 8
-      for (int j = 0; j < NW; ++j) sums[i][j] += __builtin_convertvector(whole[i][j], Vec) * unit;
+      for (int j = 0; j < NW; ++j) sums[i][j] = __builtin_convertvector(whole[i][j], Vec) * unit;
     }
+    add_sums(sums, out, ldo, gap);
   }
-  add_sums(sums, out, ldo, gap);
 }
 
 }  // namespace adapterd

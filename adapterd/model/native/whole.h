@@ -147,6 +147,7 @@ template <typename T>
 void dot_whole(const int8_t* w, int64_t ldw, int rows, int64_t left, const PreparedRows<T>& x, int64_t k, int64_t tokens,
                int64_t n, float* out, int64_t ldo) {
   if constexpr (kFixesInput<T>) {
+    static_assert(kChunk<T> % kFixedColumns == 0);
     dot_group(rows, w, ldw, x.fixed + k / kFixedColumns, x.fixed_stride, tokens, n, out, ldo,
               left >= rows ? w + rows * ldw : nullptr);
   } else {
