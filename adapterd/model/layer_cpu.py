@@ -1,6 +1,7 @@
-"""A decoder layer of the Llama kind in one C++ call; see layers.py for which layers those are."""
+"""Decoder layers of the Llama kind in one C++ call; see layers.py for which layers those are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,7 +17,9 @@ from adapterd.model.lora_cpu import NativeLoraStep
 
 
 class NativeLayer(FusedLayer):
-    """`place`: where the step's table keeps the additions of this layer's linears."""
+    """`all_layers`: the C++ object that holds the model's layers, to which this one is added.
+    `place`: where the step's table keeps the additions of this layer's linears.
+    """
 
     def __init__(
         self,
@@ -25,25 +28,29 @@ class NativeLayer(FusedLayer):
         own: Callable[..., torch.Tensor],
         step: NativeLoraStep,
         place: range,
+        all_layers: Any,
     ) -> None:
         super().__init__(parts.path, own, step)
         self._choice = linears[0].choice
-        self._weights = [linear.matrix for linear in linears]
-        self._scales = [linear.scales for linear in linears]
-        self._biases = [linear.bias for linear in linears]
-        self._norms = [norm.weight for norm in parts.norms]
-        self._norm_numbers = [number for norm in parts.norms for number in (norm.eps, norm.offset)]
+        self._number: int = all_layers.add(
+            [linear.matrix for linear in linears],
+            [linear.scales for linear in linears],
+            [linear.bias for linear in linears],
+            [norm.weight for norm in parts.norms],
+            [number for norm in parts.norms for number in (norm.eps, norm.offset)],
+            *native_scoring(parts.attention.scoring),
+        )
         self._layer = parts.attention.layer
-        self._scoring = native_scoring(parts.attention.scoring)
         self._additions = step.additions
         self._place = place
-        self._compute: Callable[..., torch.Tensor] = torch.ops.adapterd.decoder_layer.default
+        self._compute: Callable[..., torch.Tensor] = all_layers.run
 
     def applies(self, num_tokens: int, paged: object) -> bool:
         return isinstance(paged, NativeContext) and self._choice.way(num_tokens) is native_linear
 
     def compute(
         self,
+        run: Sequence[Self],
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         paged: NativeContext,
@@ -51,33 +58,31 @@ class NativeLayer(FusedLayer):
         table: torch.Tensor | None = None
         bounds: list[int] = []
         if self._step.segments:
-            table, bounds = self._additions(self._place)
-        plan = paged.plan
+            for layer in run:
+                table, own = self._additions(layer._place)
+                bounds += own
+        plan, pool = paged.plan, paged.pool
         return self._compute(
+            [layer._number for layer in run],
             hidden_states,
             *position_embeddings,
-            self._weights,
-            self._scales,
-            self._biases,
-            self._norms,
-            self._norm_numbers,
             table,
             bounds,
-            paged.pool.keys[self._layer],
-            paged.pool.values[self._layer],
+            [pool.keys[layer._layer] for layer in run],
+            [pool.values[layer._layer] for layer in run],
             plan.slot_mapping,
             plan.slots,
             plan.sequences,
-            *self._scoring,
         )
 
 
 def fuse_native(
     model: nn.Module, step: LoraStep, shapes: Mapping[int, KVShape], run: Callable[[], object]
 ) -> None:
-    """As kernels.Fuse: linears of one input together, then every layer of the Llama kind in one call."""
+    """As kernels.Fuse: linears of one input together, then all layers of the Llama kind in one call."""
     assert isinstance(step, NativeLoraStep)
     group_linears(model, step, run)
+    all_layers = torch.classes.adapterd.DecoderLayers()
 
     def make(parts: LayerParts, layer: nn.Module) -> NativeLayer | None:
         inners = [linear.inner for linear in parts.linears if isinstance(linear, GroupedLinear)]
@@ -85,6 +90,6 @@ def fuse_native(
         place = step.place([f"{parts.path}.{name}" for name in LINEARS])
         if len(linears) != len(LINEARS) or place is None:
             return None
-        return NativeLayer(parts, linears, layer.forward, step, place)
+        return NativeLayer(parts, linears, layer.forward, step, place, all_layers)
 
     use_fused_layers(model, shapes, native_context, make)

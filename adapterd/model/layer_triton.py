@@ -5,7 +5,7 @@ layers are of the kind says layers.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -48,10 +48,21 @@ class TritonLayer(FusedLayer):
 
     def compute(
         self,
+        run: Sequence[Self],
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         paged: TritonContext,
     ) -> torch.Tensor:
+        for layer in run:
+            layer._add_to(hidden_states, position_embeddings, paged)
+        return hidden_states
+
+    def _add_to(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        paged: TritonContext,
+    ) -> None:
         cos, sin = position_embeddings
         hidden = hidden_states.view(-1, hidden_states.shape[-1])
         attention, plan = self._attention, paged.plan
@@ -78,7 +89,6 @@ class TritonLayer(FusedLayer):
         x = triton_rms_norm(hidden, self._mlp_norm.weight, self._mlp_norm.eps, self._mlp_norm.offset)
         gate, up = self._gate_up(x).tensor_split(2, dim=1)
         self._down.add_to(hidden, triton_silu_mul(gate, up))
-        return hidden_states
 
 
 def fuse_triton(model: Any, step: LoraStep, shapes: Mapping[int, KVShape], run: Callable[[], object]) -> None:

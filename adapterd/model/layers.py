@@ -6,11 +6,13 @@ On a CPU the family's probe then checks the result against transformers, as it c
 """
 
 import logging
+import operator
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -65,25 +67,51 @@ class LayerParts:
 
 
 class FusedLayer(ABC):
-    """The forward of a decoder layer; falls back to the layer's own where the fast way does not apply."""
+    """The forward of a decoder layer; falls back to the layer's own where the fast way does not apply.
+
+    It computes the layers that follow as well, as far as they go the fast way: each of them is then called with its
+    own output, and hands it on.
+    """
 
     def __init__(self, path: str, own: Callable[..., torch.Tensor], step: LoraStep) -> None:
         self._own = own
         self._step = step
         self._prefix = f"{path}."
-        self._edited: frozenset[str] = frozenset()
-        self._is_edited = False
+        self._following: tuple[Self, ...] = ()
+        self._edited: frozenset[str] | None = None
+        self._run: tuple[Self, ...] = ()
+        self._output: torch.Tensor | None = None
+
+    def is_followed_by(self, layers: Sequence[Self]) -> None:
+        """These are called next, one after another, each with the output of the one before and else the same."""
+        self._following = tuple(layers)
+        self._edited = None
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if hidden_states is self._output:
+            self._output = None
+            return hidden_states
         paged = kwargs.get("paged")
-        if not self.applies(hidden_states.shape[-2], paged):
+        run = self._unedited()
+        if not run or not self.applies(hidden_states.shape[-2], paged):
             return self._own(hidden_states, *args, **kwargs)
+        output = self.compute(run, hidden_states, kwargs["position_embeddings"], paged)
+        for layer in run[1:]:
+            layer._output = output
+        return output
+
+    def _unedited(self) -> tuple[Self, ...]:
+        """This layer and those after it up to one with hooks on its modules, which the fast way does not pass by."""
         if self._step.edited is not self._edited:
             self._edited = self._step.edited
-            self._is_edited = any(module.startswith(self._prefix) for module in self._edited)
-        if self._is_edited:  # by hooks on modules, which the fast way does not pass by
-            return self._own(hidden_states, *args, **kwargs)
-        return self.compute(hidden_states, kwargs["position_embeddings"], paged)
+            edited = self._edited
+            self._run = tuple(
+                takewhile(
+                    lambda layer: not any(module.startswith(layer._prefix) for module in edited),
+                    (self, *self._following),
+                )
+            )
+        return self._run
 
     @abstractmethod
     def applies(self, num_tokens: int, paged: object) -> bool:
@@ -91,9 +119,16 @@ class FusedLayer(ABC):
 
     @abstractmethod
     def compute(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], paged: Any
+        self,
+        run: Sequence[Self],
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        paged: Any,
     ) -> torch.Tensor:
-        """hidden_states [1, num_tokens, hidden_size], which may be changed; cos and sin [1, num_tokens, key_dim]."""
+        """The output of the last layer of `run`, of which this is the first; all are of this class.
+
+        hidden_states [1, num_tokens, hidden_size], which may be changed; cos and sin [1, num_tokens, key_dim].
+        """
 
 
 Make = Callable[[LayerParts, nn.Module], FusedLayer | None]
@@ -120,13 +155,19 @@ class _Recorder:
 
 
 @dataclass
-class _Seen:
+class _Turn:
     """One layer's turn in a forward of the model."""
 
     inputs: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     output: torch.Tensor | None = None
     attention: AttentionCall | None = None
+
+    def leads_to(self, other: "_Turn") -> bool:
+        """Whether the other layer was called with what this one gave, and with the same angles."""
+        mine, others = self.position_embeddings or (), other.position_embeddings or ()
+        same_angles = len(mine) == len(others) and all(map(operator.is_, mine, others))
+        return other.inputs is self.output and same_angles
 
 
 @torch.inference_mode()
@@ -136,18 +177,31 @@ def use_fused_layers(
     """Give every layer of the Llama kind its fast forward; returns how many. After use_fused_norms and -mlps."""
     layers = {path: m for path, m in model.named_modules() if len(_linears(m)) == len(LINEARS)}
     context, seen = _watch(model, layers, shapes, make_context) if layers else (None, {})
-    replaced = 0
+    fused: dict[str, FusedLayer] = {}
     reasons = Counter({"they have other linears than Llama's": len(shapes) - len(layers)})
     for path, layer in layers.items():
         assert context is not None
         try:
-            layer.forward = _fused(path, layer, seen.get(path), shapes, context, make)
-            replaced += 1
+            fused[path] = layer.forward = _fused(path, layer, seen.get(path), shapes, context, make)
         except _NotAlike as reason:
             reasons[str(reason)] += 1
+    _string_together(fused, seen)
     why = "; ".join(f"{count} not: {reason}" for reason, count in reasons.items() if count > 0)
-    logger.info("%d of %d decoder layers run fused%s", replaced, len(shapes), why and f"; {why}")
-    return replaced
+    logger.info("%d of %d decoder layers run fused%s", len(fused), len(shapes), why and f"; {why}")
+    return len(fused)
+
+
+def _string_together(fused: Mapping[str, FusedLayer], turns: Mapping[str, "_Turn"]) -> None:
+    """Tell each layer which ones follow it, with nothing in between. `turns` are in order."""
+    following: list[FusedLayer] = []
+    next_turn: _Turn | None = None
+    for path, turn in reversed(list(turns.items())):
+        if next_turn is None or not turn.leads_to(next_turn):
+            following = []
+        if layer := fused.get(path):
+            layer.is_followed_by(following)
+            following = [layer, *following]
+        next_turn = turn if layer else None
 
 
 class _NotAlike(Exception):
@@ -180,20 +234,20 @@ def _watch(
     layers: dict[str, nn.Module],
     shapes: Mapping[int, KVShape],
     make_context: ContextFactory,
-) -> tuple[AttentionContext, dict[str, _Seen]]:
+) -> tuple[AttentionContext, dict[str, _Turn]]:
     """One forward of two short sequences, and what each layer was given and gave."""
     first = next(model.parameters())
     pool = KVPool(shapes, len(_NUM_TOKENS), first.dtype, first.device)
     slots = [i * KV_BLOCK_SIZE + torch.arange(count) for i, count in enumerate(_NUM_TOKENS)]
     context = make_context(pool, slots, _NUM_TOKENS)
     recorder = _Recorder(context)
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _Turn] = {}
     hooks = []
     for path, layer in layers.items():
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             inputs = args[0] if args else kwargs["hidden_states"]
-            seen[path] = _Seen(inputs, kwargs.get("position_embeddings"))
+            seen[path] = _Turn(inputs, kwargs.get("position_embeddings"))
 
         def after(_: nn.Module, args: tuple[Any, ...], output: object, path: str = path) -> None:
             seen[path].output = output if isinstance(output, torch.Tensor) else None
@@ -216,7 +270,7 @@ def _watch(
 def _fused(
     path: str,
     layer: nn.Module,
-    seen: _Seen | None,
+    seen: _Turn | None,
     shapes: Mapping[int, KVShape],
     context: AttentionContext,
     make: Make,
@@ -232,7 +286,7 @@ def _fused(
     if fused is None:
         raise _NotAlike("their linears are not of one kind")
     try:
-        found = fused.compute(seen.inputs.clone(), seen.position_embeddings, context)
+        found = fused.compute([fused], seen.inputs.clone(), seen.position_embeddings, context)
     except RuntimeError as error:
         raise _NotAlike(str(error).partition("\n")[0]) from error
     output = seen.output.float()

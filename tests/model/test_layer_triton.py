@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from adapterd.model.attention import ATTENTION_NAME, register_attention
 from adapterd.model.int8 import quantize_linears
-from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.lora import LoraLinear, LoraProduct, Segment
-from adapterd.model.seams import Seams, attach_seams
-from tests.exactness.families import FAMILIES
+from adapterd.model.seams import attach_seams
+from tests import layer_models
+from tests.layer_models import logits, with_adapters
 from tests.triton_kernels import DEVICE
 
 from adapterd.model.kernels import TORCH_KERNELS, Kernels, choose_kernels  # isort: skip
@@ -29,44 +27,7 @@ def fused_layers(model: nn.Module) -> list[TritonLayer]:
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """With random weights, biases too; the same at every call."""
-    register_attention()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        FAMILIES[family](), dtype=dtype, attn_implementation=ATTENTION_NAME
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(DEVICE).eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def logits(model: Any, kernels: Kernels, seams: Seams, segments: tuple[Segment, ...]) -> torch.Tensor:
-    lengths = [9, 1, 6]
-    pool = KVPool(seams.kv_shapes, len(lengths), model.dtype, DEVICE)
-    slots = [i * KV_BLOCK_SIZE + torch.arange(length) for i, length in enumerate(lengths)]
-    seams.lora_step.begin(segments, sum(lengths))
-    output = model(
-        input_ids=torch.arange(3, 3 + sum(lengths), device=DEVICE)[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)[None],
-        use_cache=False,
-        paged=kernels.paged_context(pool, slots, lengths),
-    )
-    return output.logits[0].float().cpu()
-
-
-def with_adapters(plain: Any) -> tuple[tuple[Segment, ...], torch.Tensor]:
-    """An adapter for every linear on some of the tokens, and what it makes of the logits, by torch's kernels."""
-    seams = attach_seams(plain, TORCH_KERNELS)
-    products = {
-        path: (LoraProduct(torch.randn(3, d_in).to(DEVICE), torch.randn(3, d_out).to(DEVICE) / 40, 0.5),)
-        for path, (d_out, d_in) in seams.targets.items()
-    }
-    segments = (Segment(4, 12, products),)
-    expected = logits(plain, TORCH_KERNELS, seams, segments)
-    assert not torch.allclose(expected, logits(plain, TORCH_KERNELS, seams, ()), atol=1e-3)
-    return segments, expected
+    return layer_models.model_of(family, DEVICE, dtype)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])

@@ -1,4 +1,4 @@
-// A whole decoder layer of the Llama kind in one call: norm, q/k/v, rotary, attention, o, norm, gated MLP, residuals.
+// Whole decoder layers of the Llama kind in one call: norm, q/k/v, rotary, attention, o, norm, gated MLP, residuals.
 //
 // It only strings together what stands in the other headers. What it saves is everything between them: some forty
 // small operators and fifteen modules a layer, in which memory, the bottleneck of decoding, would stand idle.
@@ -10,6 +10,8 @@
 #include "kv.h"
 #include "linears.h"
 #include "norm.h"
+
+#include <torch/custom_class.h>
 
 namespace adapterd {
 
@@ -37,10 +39,10 @@ void rotate_heads(T* x, int64_t heads, int64_t dim, const T* weight, float eps, 
   }
 }
 
-// x: [tokens, heads * dim], changed in place; cos, sin: [tokens, dim]; weight: [dim] or none.
+// x: [tokens, heads * dim], changed in place; cos, sin: [..., dim] of as many tokens; weight: [dim] or none.
 inline void rotate(at::Tensor& x, int64_t dim, const std::optional<at::Tensor>& weight, double eps, double offset,
                    const at::Tensor& cos, const at::Tensor& sin) {
-  const int64_t tokens = cos.size(0);
+  const int64_t tokens = cos.numel() / dim;
   const int64_t heads = x.numel() / std::max<int64_t>(1, tokens * dim);
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
@@ -73,61 +75,110 @@ inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
   return out;
 }
 
-// x: [..., hidden] of `tokens` rows, float32 or bfloat16, as everything else; cos, sin: [tokens, head_dim].
-// weights, scales, biases: q, k, v, o, gate, up, down; table and bounds as for linears(), in that order.
-// norms: before attention, before the MLP, of each query head and of each key head (the last two or neither); each
-// with its eps and offset in norm_numbers. keys, values, slot_mapping: see write_kv; the rest: see paged_attention.
-inline at::Tensor decoder_layer(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                                const std::vector<at::Tensor>& weights,
-                                const c10::List<std::optional<at::Tensor>>& scales,
-                                const c10::List<std::optional<at::Tensor>>& biases,
-                                const std::vector<at::Tensor>& norms, at::ArrayRef<double> norm_numbers,
-                                const std::optional<at::Tensor>& table, at::IntArrayRef bounds, at::Tensor& keys,
-                                at::Tensor& values, const at::Tensor& slot_mapping, const at::Tensor& slots,
-                                const at::Tensor& sequences, double scale, int64_t window, double softcap,
-                                const std::optional<at::Tensor>& sinks) {
-  TORCH_CHECK(weights.size() == 7 && scales.size() == 7 && biases.size() == 7 && (norms.size() == 2 || norms.size() == 4) &&
-                  norm_numbers.size() == 2 * norms.size(),
-              "decoder_layer: seven linears, two norms or four");
-  const int64_t tokens = slot_mapping.numel();
+// What does not change from step to step. weights, scales and biases: q, k, v, o, gate, up, down. norms: before
+// attention, before the MLP, of each query head and of each key head (the last two or neither); each with its eps and
+// offset in norm_numbers. scale and what follows: see paged_attention.
+struct DecoderLayer {
+  std::vector<at::Tensor> weights;
+  c10::List<std::optional<at::Tensor>> scales, biases;
+  std::vector<at::Tensor> norms;
+  std::vector<double> norm_numbers;
+  double scale;
+  int64_t window;
+  double softcap;
+  std::optional<at::Tensor> sinks;
+};
+
+// One step's batch. cos, sin: [tokens, head_dim]; table: as for linears(); the rest: see write_kv and paged_attention.
+struct DecoderStep {
+  at::Tensor cos, sin;
+  const std::optional<at::Tensor>& table;
+  const at::Tensor& slot_mapping;
+  const at::Tensor& slots;
+  const at::Tensor& sequences;
+};
+
+// hidden: [tokens, hidden size], float32 or bfloat16, as everything else; bounds as for linears(), in the order of
+// the weights; keys, values: see write_kv.
+inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden, const DecoderStep& step,
+                            at::IntArrayRef bounds, at::Tensor& keys, at::Tensor& values) {
+  const int64_t tokens = step.slot_mapping.numel();
   const int64_t dim = keys.size(2);
-  const at::Tensor hidden = x.contiguous().view({tokens, -1});
-  const at::Tensor cosines = cos.contiguous();
-  const at::Tensor sines = sin.contiguous();
-  TORCH_CHECK(cosines.numel() == tokens * dim && sines.numel() == tokens * dim && dim % 2 == 0 &&
-                  values.size(2) == dim && cosines.scalar_type() == x.scalar_type() &&
-                  sines.scalar_type() == x.scalar_type(),
-              "decoder_layer: cos and sin must be [tokens, head_dim], of x's type");
+  TORCH_CHECK(step.cos.numel() == tokens * dim && step.sin.numel() == tokens * dim && dim % 2 == 0 &&
+                  values.size(2) == dim && step.cos.scalar_type() == hidden.scalar_type() &&
+                  step.sin.scalar_type() == hidden.scalar_type(),
+              "decoder layer: cos and sin must be [tokens, head_dim], of x's type");
   const auto norm = [&](const at::Tensor& rows, size_t i) {
-    return rms_norm(rows, norms[i], norm_numbers[2 * i], norm_numbers[2 * i + 1]);
+    return rms_norm(rows, layer.norms[i], layer.norm_numbers[2 * i], layer.norm_numbers[2 * i + 1]);
   };
   const auto multiply = [&](const at::Tensor& rows, size_t first, size_t count) {
     c10::List<std::optional<at::Tensor>> own_scales, own_biases;
     for (size_t i = first; i < first + count; ++i) {
-      own_scales.push_back(scales.get(i));
-      own_biases.push_back(biases.get(i));
+      own_scales.push_back(layer.scales.get(i));
+      own_biases.push_back(layer.biases.get(i));
     }
-    return linears(rows, {weights.begin() + first, weights.begin() + first + count}, own_scales, own_biases, table,
-                   table ? bounds.slice(2 * first, 2 * count) : bounds);
+    const auto begin = layer.weights.begin() + static_cast<int64_t>(first);
+    return linears(rows, {begin, begin + static_cast<int64_t>(count)}, own_scales, own_biases, step.table,
+                   step.table ? bounds.slice(2 * first, 2 * count) : at::IntArrayRef());
   };
-  const at::Tensor angles_cos = cosines.view({tokens, dim});
-  const at::Tensor angles_sin = sines.view({tokens, dim});
 
   std::vector<at::Tensor> qkv = multiply(norm(hidden, 0), 0, 3);
   for (size_t i = 0; i < 2; ++i) {
     std::optional<at::Tensor> weight;
-    if (norms.size() == 4) weight = norms[2 + i];
+    if (layer.norms.size() == 4) weight = layer.norms[2 + i];
     const bool has = weight.has_value();
-    rotate(qkv[i], dim, weight, has ? norm_numbers[4 + 2 * i] : 0, has ? norm_numbers[5 + 2 * i] : 0, angles_cos,
-           angles_sin);
+    rotate(qkv[i], dim, weight, has ? layer.norm_numbers[4 + 2 * i] : 0, has ? layer.norm_numbers[5 + 2 * i] : 0,
+           step.cos, step.sin);
   }
   const auto heads = [&](const at::Tensor& rows) { return rows.view({tokens, -1, dim}); };
-  write_kv(keys, values, slot_mapping, heads(qkv[1]), heads(qkv[2]));
-  const at::Tensor attended =
-      paged_attention(heads(qkv[0]), keys, values, slots, sequences, scale, window, softcap, sinks);
+  write_kv(keys, values, step.slot_mapping, heads(qkv[1]), heads(qkv[2]));
+  const at::Tensor attended = paged_attention(heads(qkv[0]), keys, values, step.slots, step.sequences, layer.scale,
+                                              layer.window, layer.softcap, layer.sinks);
   const at::Tensor middle = sum_of(hidden, multiply(attended.view({tokens, -1}), 3, 1)[0]);
   const std::vector<at::Tensor> gated = multiply(norm(middle, 1), 4, 2);
-  return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), 6, 1)[0]).view(x.sizes());
+  return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), 6, 1)[0]);
 }
+
+// A model's layers of this kind, in the order in which they are called. Python builds it once, and then runs layers one
+// after another in one call: to hand over a layer's tensors each time, and to come back between layers, took a
+// fourteenth of a step of one token.
+class DecoderLayers : public torch::CustomClassHolder {
+ public:
+  // Returns the layer's number.
+  int64_t add(std::vector<at::Tensor> weights, c10::List<std::optional<at::Tensor>> scales,
+              c10::List<std::optional<at::Tensor>> biases, std::vector<at::Tensor> norms,
+              std::vector<double> norm_numbers, double scale, int64_t window, double softcap,
+              std::optional<at::Tensor> sinks) {
+    TORCH_CHECK(weights.size() == 7 && scales.size() == 7 && biases.size() == 7 &&
+                    (norms.size() == 2 || norms.size() == 4) && norm_numbers.size() == 2 * norms.size(),
+                "decoder layer: seven linears, two norms or four");
+    layers_.push_back({std::move(weights), std::move(scales), std::move(biases), std::move(norms),
+                       std::move(norm_numbers), scale, window, softcap, std::move(sinks)});
+    return static_cast<int64_t>(layers_.size()) - 1;
+  }
+
+  // The layers of these numbers one after another, the first given x [..., hidden size]; keys, values: of each; bounds:
+  // of each, one after another, or empty without a table. Returns the last one's output, of x's shape.
+  at::Tensor run(const std::vector<int64_t>& numbers, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                 const std::optional<at::Tensor>& table, const std::vector<int64_t>& bounds,
+                 std::vector<at::Tensor> keys, std::vector<at::Tensor> values, const at::Tensor& slot_mapping,
+                 const at::Tensor& slots, const at::Tensor& sequences) const {
+    const size_t count = numbers.size();
+    constexpr size_t kBounds = 14;
+    TORCH_CHECK(keys.size() == count && values.size() == count && (!table || bounds.size() == kBounds * count),
+                "decoder layers: keys, values and ", kBounds, " bounds for each");
+    const int64_t tokens = slot_mapping.numel();
+    const DecoderStep step{cos.contiguous(), sin.contiguous(), table, slot_mapping, slots, sequences};
+    at::Tensor hidden = x.contiguous().view({tokens, -1});
+    for (size_t i = 0; i < count; ++i) {
+      const at::IntArrayRef own = table ? at::IntArrayRef(bounds).slice(kBounds * i, kBounds) : at::IntArrayRef();
+      hidden = run_layer(layers_.at(numbers[i]), hidden, step, own, keys[i], values[i]);
+    }
+    return hidden.view(x.sizes());
+  }
+
+ private:
+  std::vector<DecoderLayer> layers_;
+};
 
 }  // namespace adapterd

@@ -18,10 +18,9 @@ TORCH_LIBRARY(adapterd, m) {
   m.def("write_kv(Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, Tensor key, Tensor value) -> ()",
         adapterd::write_kv);
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor", adapterd::silu_mul);
-  m.def(
-      "decoder_layer(Tensor x, Tensor cos, Tensor sin, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, "
-      "Tensor[] norms, float[] norm_numbers, Tensor? table, int[] bounds, Tensor(a!) keys, Tensor(b!) values, Tensor slot_mapping, "
-      "Tensor slots, Tensor sequences, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
-      adapterd::decoder_layer);
+  m.class_<adapterd::DecoderLayers>("DecoderLayers")
+      .def(torch::init<>())
+      .def("add", &adapterd::DecoderLayers::add)
+      .def("run", &adapterd::DecoderLayers::run);
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor", adapterd::rms_norm);
 }
