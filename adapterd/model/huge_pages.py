@@ -6,7 +6,6 @@ in a virtual machine takes two walks: on the one that was measured, 4 to 5% of a
 
 import logging
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +16,6 @@ from adapterd.host_memory import free_host_bytes
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE_BYTES = 2 << 20
-_LEAST_BYTES = mmap.PAGESIZE
-"""Of a tensor that moves: what is smaller takes no page of its own."""
 _ALIGN_BYTES = 64
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_ROOM = 1.25
@@ -26,11 +23,13 @@ _LEAST_ROOM = 1.25
 
 
 def use_huge_pages(model: nn.Module) -> int:
-    """Move the model's tensors of a page or more, in place; returns how many bytes.
+    """Move the model's tensors, in place; returns how many bytes.
+
+    All of them: a single one that stayed would hold on to the memory of the whole file.
 
     0 where they fill no large page, the system has none to give, or too little memory is free.
     """
-    tensors = list(_tensors(model))
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.nbytes]
     num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
     if num_bytes < HUGE_PAGE_BYTES or not _offered():
         return 0
@@ -53,13 +52,6 @@ def use_huge_pages(model: nn.Module) -> int:
         tensor.data = place.copy_(tensor.data)
         start += _aligned(tensor.nbytes)
     return num_bytes
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Each once, though several modules may hold it."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.nbytes >= _LEAST_BYTES:
-            yield tensor
 
 
 def _offered() -> bool:

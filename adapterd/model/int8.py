@@ -10,7 +10,7 @@ that may cost, and tests/model/test_int8.py holds it to it).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 _LARGEST = 127.0
-_UNPACKED = 1 << 20
-"""Weights that the reference turns back to the input's type at a time."""
+_AT_A_TIME = 1 << 20
+"""Weights that are rounded, and that the reference turns back to the input's type, at a time."""
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Last parts of paths that choose experts: small, and a rounding there changes which expert is asked."""
 
@@ -30,10 +30,13 @@ Int8Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.T
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(values int8 [d_out, d_in], scales float32 [d_out]) of a weight [d_out, d_in]; a row of zeros has scale 1."""
-    rows = weight.float()
-    scales = rows.abs().amax(1) / _LARGEST
-    scales = torch.where(scales > 0, scales, 1.0)
-    values = (rows / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), device=weight.device)
+    for part in _parts(*weight.shape):
+        rows = weight[part].float()
+        largest = rows.abs().amax(1)
+        scale = scales[part] = torch.where(largest > 0, largest / _LARGEST, 1.0)
+        values[part] = (rows / scale[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
     return values, scales
 
 
@@ -49,13 +52,16 @@ def int8_linear(
     d_out, d_in = values.shape
     rows = x.reshape(-1, d_in).float()
     y = torch.empty(rows.shape[0], d_out, dtype=torch.float32, device=x.device)
-    step = max(_UNPACKED // d_in, 1)
-    for start in range(0, d_out, step):
-        part = slice(start, start + step)
+    for part in _parts(d_out, d_in):
         y[:, part] = F.linear(rows, values[part].float()) * scales[part]
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], d_out)
+
+
+def _parts(num_rows: int, num_columns: int) -> Iterator[slice]:
+    step = max(_AT_A_TIME // max(num_columns, 1), 1)
+    return (slice(start, start + step) for start in range(0, num_rows, step))
 
 
 class Int8Linear(nn.Linear):
