@@ -33,10 +33,10 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(weight), device=weight.device)
     for part in _parts(*weight.shape):
-        rows = weight[part].float()
+        rows = weight[part].to(torch.float32, copy=True)
         largest = rows.abs().amax(1)
         scale = scales[part] = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        values[part] = (rows / scale[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
+        values[part] = rows.div_(scale[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
     return values, scales
 
 
