@@ -5,6 +5,7 @@ A container sees the whole machine's memory and is killed at its own limit, or t
 machine has free. No torch.
 """
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def free_host_bytes() -> int:
     free = int(psutil.virtual_memory().available)
     room = group_room(CONTROL_GROUPS, OWN_GROUPS)
     return free if room is None else min(free, room)
+
+
+def give_back_freed() -> None:
+    """Hand to the system what was freed and the allocator has kept (malloc_trim(3); nothing where there is no glibc)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def group_room(control_groups: Path, own_groups: Path) -> int | None:

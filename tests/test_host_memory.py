@@ -1,11 +1,12 @@
 """In a container, sizes by what is free stay within the container's limit."""
 
+import ctypes
 from pathlib import Path
 
 import psutil
 import pytest
 
-from adapterd.host_memory import free_host_bytes, group_room
+from adapterd.host_memory import free_host_bytes, give_back_freed, group_room
 
 MIB = 2**20
 NO_LIMIT_V1 = 9223372036854771712
@@ -89,3 +90,19 @@ def test_a_group_outside_the_namespace_is_judged_by_what_is_mounted(tmp_path: Pa
 
 def test_free_memory_is_never_more_than_the_machine_has() -> None:
     assert 0 <= free_host_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
+def test_what_was_freed_goes_back_to_the_system() -> None:
+    """Blocks below the size that glibc maps one by one, with one in use above them, so that they stay until asked."""
+    c = ctypes.CDLL(None)
+    c.malloc.restype = ctypes.c_void_p
+    blocks = [c.malloc(ctypes.c_size_t(100_000)) for _ in range(1000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks[:-1]:
+        c.free(ctypes.c_void_p(block))
+    before = psutil.Process().memory_info().rss
+    give_back_freed()
+    assert psutil.Process().memory_info().rss < before - 50_000_000
+    c.free(ctypes.c_void_p(blocks[-1]))

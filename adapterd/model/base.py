@@ -11,6 +11,7 @@ import transformers
 
 from adapterd.core import BaseModules, BaseSpec
 from adapterd.errors import AdapterRefused, BaseRefused
+from adapterd.host_memory import give_back_freed
 from adapterd.model.attention import ContextFactory, register_attention
 from adapterd.model.checkpoint import DtypeName, QuantizationName, exact_context, load_weights, read_config
 from adapterd.model.find import find_base
@@ -128,6 +129,7 @@ def base_of(
     model.to(device)
     if device.type == "cpu":
         use_huge_pages(model)
+        give_back_freed()
 
     chosen = choose_kernels(kernels, device, model.dtype)
     seams = attach_seams(model, chosen)
