@@ -38,7 +38,7 @@ def free_host_bytes() -> int:
 
 
 def give_back_freed() -> None:
-    """Hand to the system what was freed and the allocator has kept (malloc_trim(3); nothing where there is no glibc)."""
+    """Hand to the system what was freed and the allocator kept (malloc_trim(3); nothing where there is no glibc)."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
