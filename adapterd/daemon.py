@@ -158,7 +158,7 @@ class Daemon:
             pins.dropped(adapter_id)
 
         registry = AdapterRegistry(
-            AdaptedBase(spec, renderer.identity, fingerprint, base.weights),
+            AdaptedBase(spec, renderer.identity, fingerprint, base.weights, base.lay_out),
             places,
             on_drop=drop,
             check=lambda adapter: _check(runner, adapter, settings.max_lora_rank),

@@ -47,12 +47,14 @@ class Files:
 @dataclass(frozen=True)
 class AdaptedBase:
     """The base that adapters are read for. `fingerprint` is compared with the one that an adapter was made for;
-    `weights` are for adapters that are read beside the base's tensors. Both as in `adapter.read_adapter`."""
+    `weights` are for adapters that are read beside the base's tensors. Both as in `adapter.read_adapter`. `lay_out`
+    gives an adapter as it is to lie in host memory."""
 
     spec: BaseSpec
     tokenizer: TokenizerIdentity
     fingerprint: str | None = None
     weights: BaseWeights | None = None
+    lay_out: Callable[[Adapter], Adapter] = lambda adapter: adapter
 
 
 class AdapterReader:
@@ -134,6 +136,7 @@ class AdapterReader:
             layouts=self._layouts,
         )
         self._check(adapter)
+        adapter = self._base.lay_out(adapter)
         with self._lock:
             self.num_reads += 1
         self._events.adapter_loaded(name, "host", time.monotonic() - began)

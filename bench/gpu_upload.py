@@ -87,7 +87,10 @@ class UploadBench:
         config = config_of(arguments.shape, arguments.layers)
         base = random_base(config, self.device, dtype, kernels=arguments.kernels)
         self._matrices = [
-            random_matrices(base.spec, arguments.rank, self.device, dtype) for _ in range(_NUM_MATRICES)
+            base.lay_out(
+                adapter_of("any", random_matrices(base.spec, arguments.rank, self.device, dtype))
+            ).modules
+            for _ in range(_NUM_MATRICES)
         ]
         self._num_adapters = 0
         self.uploads = UploadTimes()

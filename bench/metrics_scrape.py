@@ -90,19 +90,20 @@ def daemon(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while not _is_ready(url):
-            if time.monotonic() > deadline or process.poll() is not None:
-                raise SystemExit("the daemon did not get ready")
-            time.sleep(0.2)
+        with httpx.Client() as client:
+            while not _is_ready(client, url):
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise SystemExit("the daemon did not get ready")
+                time.sleep(0.2)
         yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _is_ready(url: str) -> bool:
+def _is_ready(client: httpx.Client, url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz").status_code == 200
+        return client.get(f"{url}/readyz").status_code == 200
     except httpx.HTTPError:
         return False
 

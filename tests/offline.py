@@ -72,7 +72,7 @@ class Offline:
             base_weights=self.base.weights,
             prover=self._prover,
         )
-        self.adapters[name] = self._versions[adapter.id] = adapter
+        self.adapters[name] = self._versions[adapter.id] = self.base.lay_out(adapter)
         return adapter.id
 
     def bring(self, *names: str) -> None:

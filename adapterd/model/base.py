@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from adapterd.adapter import Adapter
 from adapterd.core import BaseModules, BaseSpec
 from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.host_memory import give_back_freed
 from adapterd.model.attention import ContextFactory, register_attention
 from adapterd.model.checkpoint import DtypeName, QuantizationName, exact_context, load_weights, read_config
 from adapterd.model.find import find_base
+from adapterd.model.host_layout import lay_out
 from adapterd.model.huge_pages import use_huge_pages
 from adapterd.model.int8 import quantize_linears
 from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
@@ -42,6 +44,10 @@ class Base:
     kv_shapes: Mapping[int, KVShape]
     lora_step: LoraStep
     paged_context: ContextFactory
+
+    def lay_out(self, adapter: Adapter) -> Adapter:
+        """The same adapter as it is to wait in host memory for this device."""
+        return lay_out(adapter) if self.device.type == "cuda" else adapter
 
     def weights(self, name: str) -> torch.Tensor:
         """A tensor by its name in `spec.modules.parameters`; the base's own, not to be changed."""

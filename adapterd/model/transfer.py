@@ -2,6 +2,9 @@
 
 import torch
 
+_SLICE_ELEMENTS = 32_000
+"""torch spreads copies of 32768 elements and more over all cores, which the running step needs."""
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Without waiting: torch keeps pinned memory until the copy has run."""
@@ -33,3 +36,17 @@ class Readback:
         """Until everything has arrived."""
         if self._event is not None:
             self._event.synchronize()
+
+
+def copy_in_slices(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target[:] = source, both [rows, width] and on the host, in pieces that this thread copies alone."""
+    rows, width = target.shape
+    if width > _SLICE_ELEMENTS:
+        for row in range(rows):
+            for start in range(0, width, _SLICE_ELEMENTS):
+                part = slice(start, start + _SLICE_ELEMENTS)
+                target[row, part].copy_(source[row, part])
+        return
+    step = max(_SLICE_ELEMENTS // max(width, 1), 1)
+    for row in range(0, rows, step):
+        target[row : row + step].copy_(source[row : row + step])

@@ -15,13 +15,11 @@ import torch
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterEvents, AdapterId, Unobserved
 from adapterd.model.lora import LoraBank
+from adapterd.model.transfer import copy_in_slices
 
 logger = logging.getLogger(__name__)
 
 Uploaded = Callable[[AdapterId, str | None], None]
-
-_SLICE_ELEMENTS = 32_000
-"""torch spreads copies of 32768 elements and more over all cores, which the running step needs."""
 
 _STAGING_BYTES = 32 << 20
 
@@ -63,7 +61,7 @@ class AdapterUploads:
         self.tell(adapter.id, error)
 
     def _fill_on_device(self, adapter: Adapter, launched: "torch.cuda.Event") -> None:
-        """Through pinned memory on a stream of its own; returns when the bytes are there."""
+        """On a stream of its own; returns when the bytes are there."""
         if self._staging is None:
             self._staging = _Staging(self._device)
         staging = self._staging
@@ -75,8 +73,8 @@ class AdapterUploads:
 
 
 class _Staging:
-    """A piece of pinned memory through which copies go. Host memory itself stays pageable: it is most of what the
-    daemon keeps, and pinned memory is the machine's, not ours. Source of the idea: CUDA best practices, 10.1.
+    """A piece of pinned memory, through which goes what does not lie in such memory as the device will hold it
+    (host_layout.py). Source of the idea: CUDA best practices, 10.1.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -85,6 +83,9 @@ class _Staging:
         self._buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if source.dtype == target.dtype and source.is_contiguous() and source.is_pinned():
+            target.copy_(source, non_blocking=True)
+            return
         num_bytes = target.numel() * target.element_size()
         if num_bytes > len(self._buffer):
             middle = len(target) // 2
@@ -100,17 +101,3 @@ class _Staging:
         copy_in_slices(piece, source)
         target.copy_(piece, non_blocking=True)
         self.num_used += -(-num_bytes // 64) * 64
-
-
-def copy_in_slices(target: torch.Tensor, source: torch.Tensor) -> None:
-    """target[:] = source, both [rows, width] and on the host, in pieces that this thread copies alone."""
-    rows, width = target.shape
-    if width > _SLICE_ELEMENTS:
-        for row in range(rows):
-            for start in range(0, width, _SLICE_ELEMENTS):
-                part = slice(start, start + _SLICE_ELEMENTS)
-                target[row, part].copy_(source[row, part])
-        return
-    step = max(_SLICE_ELEMENTS // max(width, 1), 1)
-    for row in range(0, rows, step):
-        target[row : row + step].copy_(source[row : row + step])
