@@ -75,12 +75,18 @@ inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
   return out;
 }
 
-// What does not change from step to step. weights, scales and biases: q, k, v, o, gate, up, down. norms: before
-// attention, before the MLP, of each query head and of each key head (the last two or neither); each with its eps and
-// offset in norm_numbers. scale and what follows: see paged_attention.
-struct DecoderLayer {
+// Linears of one input: numbers [first, first + weights.size()) of their layer's.
+struct JointLinears {
+  size_t first;
   std::vector<at::Tensor> weights;
   c10::List<std::optional<at::Tensor>> scales, biases;
+};
+
+// What does not change from step to step. norms: before attention, before the MLP, of each query head and of each key
+// head (the last two or neither); each with its eps and offset in norm_numbers. scale and what follows: see
+// paged_attention.
+struct DecoderLayer {
+  JointLinears qkv, o, gate_up, down;
   std::vector<at::Tensor> norms;
   std::vector<double> norm_numbers;
   double scale;
@@ -98,8 +104,7 @@ struct DecoderStep {
   const at::Tensor& sequences;
 };
 
-// hidden: [tokens, hidden size], float32 or bfloat16, as everything else; bounds as for linears(), in the order of
-// the weights; keys, values: see write_kv.
+// hidden: [tokens, hidden size], float32 or bfloat16, as everything else; bounds as for linears(), of all seven; keys, values: see write_kv.
 inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden, const DecoderStep& step,
                             at::IntArrayRef bounds, at::Tensor& keys, at::Tensor& values) {
   const int64_t tokens = step.slot_mapping.numel();
@@ -111,18 +116,12 @@ inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden,
   const auto norm = [&](const at::Tensor& rows, size_t i) {
     return rms_norm(rows, layer.norms[i], layer.norm_numbers[2 * i], layer.norm_numbers[2 * i + 1]);
   };
-  const auto multiply = [&](const at::Tensor& rows, size_t first, size_t count) {
-    c10::List<std::optional<at::Tensor>> own_scales, own_biases;
-    for (size_t i = first; i < first + count; ++i) {
-      own_scales.push_back(layer.scales.get(i));
-      own_biases.push_back(layer.biases.get(i));
-    }
-    const auto begin = layer.weights.begin() + static_cast<int64_t>(first);
-    return linears(rows, {begin, begin + static_cast<int64_t>(count)}, own_scales, own_biases, step.table,
-                   step.table ? bounds.slice(2 * first, 2 * count) : at::IntArrayRef());
+  const auto multiply = [&](const at::Tensor& rows, const JointLinears& joint) {
+    const at::IntArrayRef own = step.table ? bounds.slice(2 * joint.first, 2 * joint.weights.size()) : bounds;
+    return linears(rows, joint.weights, joint.scales, joint.biases, step.table, own);
   };
 
-  std::vector<at::Tensor> qkv = multiply(norm(hidden, 0), 0, 3);
+  std::vector<at::Tensor> qkv = multiply(norm(hidden, 0), layer.qkv);
   for (size_t i = 0; i < 2; ++i) {
     std::optional<at::Tensor> weight;
     if (layer.norms.size() == 4) weight = layer.norms[2 + i];
@@ -134,9 +133,9 @@ inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden,
   write_kv(keys, values, step.slot_mapping, heads(qkv[1]), heads(qkv[2]));
   const at::Tensor attended = paged_attention(heads(qkv[0]), keys, values, step.slots, step.sequences, layer.scale,
                                               layer.window, layer.softcap, layer.sinks);
-  const at::Tensor middle = sum_of(hidden, multiply(attended.view({tokens, -1}), 3, 1)[0]);
-  const std::vector<at::Tensor> gated = multiply(norm(middle, 1), 4, 2);
-  return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), 6, 1)[0]);
+  const at::Tensor middle = sum_of(hidden, multiply(attended.view({tokens, -1}), layer.o)[0]);
+  const std::vector<at::Tensor> gated = multiply(norm(middle, 1), layer.gate_up);
+  return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), layer.down)[0]);
 }
 
 // A model's layers of this kind, in the order in which they are called. Python builds it once, and then runs layers one
@@ -144,16 +143,26 @@ inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden,
 // fourteenth of a step of one token.
 class DecoderLayers : public torch::CustomClassHolder {
  public:
-  // Returns the layer's number.
-  int64_t add(std::vector<at::Tensor> weights, c10::List<std::optional<at::Tensor>> scales,
-              c10::List<std::optional<at::Tensor>> biases, std::vector<at::Tensor> norms,
+  // weights, scales and biases: of q, k, v, o, gate, up, down; the rest: see DecoderLayer. Returns the layer's number.
+  int64_t add(const std::vector<at::Tensor>& weights, const c10::List<std::optional<at::Tensor>>& scales,
+              const c10::List<std::optional<at::Tensor>>& biases, std::vector<at::Tensor> norms,
               std::vector<double> norm_numbers, double scale, int64_t window, double softcap,
               std::optional<at::Tensor> sinks) {
     TORCH_CHECK(weights.size() == 7 && scales.size() == 7 && biases.size() == 7 &&
                     (norms.size() == 2 || norms.size() == 4) && norm_numbers.size() == 2 * norms.size(),
                 "decoder layer: seven linears, two norms or four");
-    layers_.push_back({std::move(weights), std::move(scales), std::move(biases), std::move(norms),
-                       std::move(norm_numbers), scale, window, softcap, std::move(sinks)});
+    const auto joint = [&](size_t first, size_t count) {
+      JointLinears found;
+      found.first = first;
+      for (size_t i = first; i < first + count; ++i) {
+        found.weights.push_back(weights[i]);
+        found.scales.push_back(scales.get(i));
+        found.biases.push_back(biases.get(i));
+      }
+      return found;
+    };
+    layers_.push_back({joint(0, 3), joint(3, 1), joint(4, 2), joint(6, 1), std::move(norms), std::move(norm_numbers),
+                       scale, window, softcap, std::move(sinks)});
     return static_cast<int64_t>(layers_.size()) - 1;
   }
 
