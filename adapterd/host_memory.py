@@ -1,4 +1,5 @@
-"""How much host memory this process may still take: what the machine has free, within its control groups' limits.
+"""How much host memory this process may still take: what the machine has free, within its control groups' limits. And
+giving back what it took.
 
 A container sees the whole machine's memory and is killed at its own limit, or that of a group above it
 (docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html). Elsewhere, and without a limit, it is what the
@@ -40,7 +41,7 @@ def free_host_bytes() -> int:
 def give_back_freed() -> None:
     """Hand to the system what was freed and the allocator kept (malloc_trim(3); nothing where there is no glibc)."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+        trim(ctypes.c_size_t(0))
 
 
 def group_room(control_groups: Path, own_groups: Path) -> int | None:

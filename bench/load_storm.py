@@ -33,7 +33,17 @@ import adapterd as package
 from bench.daemon import adapterd, metric
 from bench.models import SHAPES, lora_linears, make_adapter
 from bench.report import Figures, emit, machine
-from bench.storm_threads import ALIASES, Asked, Asker, Operator, Outcome, ask, wrong_answer, wrong_outcome
+from bench.storm_threads import (
+    ALIASES,
+    Asked,
+    Asker,
+    Operator,
+    Outcome,
+    ask,
+    change,
+    wrong_answer,
+    wrong_outcome,
+)
 from bench.target import running
 from bench.update_storm import Reference
 from bench.workload import token_prompt
@@ -159,7 +169,7 @@ def missing_refusals(outcomes: Sequence[Outcome], asked: Sequence[Asked]) -> lis
     """Which of those who must have met memory full of pinned adapters did not."""
     wrong = []
     if not any(outcome.status == 429 for outcome in outcomes):
-        wrong.append("no pin or prefetch was refused, and more names were pinned than there was room for")
+        wrong.append("no pin was refused, and more names were pinned than there was room for")
     if not any(one.status == 429 for one in asked):
         wrong.append("no request was refused while pinned adapters took all memory")
     return wrong
@@ -170,19 +180,12 @@ def fill_with_pins(
 ) -> tuple[list[Outcome], list[Asked]]:
     """Load and pin every name, more than there is room for, and ask each for an answer: by chance alone a short storm
     need not come to that."""
-    outcomes, asked = [], []
+    outcomes = []
     for name, folders in contents.items():
-        for kind, path, body in (
-            ("load", "/v1/adapters", {"name": name, "source": str(folders[0])}),
-            ("pin", f"/v1/adapters/{name}/pin", {}),
-        ):
-            began = time.perf_counter()
-            response = client.post(path, json=body)
-            seconds, retry = time.perf_counter() - began, response.headers.get("retry-after")
-            outcomes.append(Outcome(kind, name, response.status_code, response.text[:300], seconds, retry))
-    for name in contents:
-        asked.append(ask(client, name, PROMPT, OUTPUT_TOKENS, cut=False))
-    return outcomes, asked
+        body = {"name": name, "source": str(folders[0])}
+        outcomes.append(change(client, "load", name, "POST", "/v1/adapters", body))
+        outcomes.append(change(client, "pin", name, "POST", f"/v1/adapters/{name}/pin", {}))
+    return outcomes, [ask(client, name, PROMPT, OUTPUT_TOKENS, cut=False) for name in contents]
 
 
 def balance(client: httpx.Client, url: str) -> dict[str, float]:
@@ -274,11 +277,11 @@ def measure(options: argparse.Namespace) -> Figures:
             rss_after = metric(target.url, "process_resident_memory_bytes")
             open_fds = metric(target.url, "process_open_fds")
             is_ready = client.get("/readyz").status_code == 200
-    outcomes = [outcome for operator in operators for outcome in operator.outcomes]
+    outcomes = [*(outcome for operator in operators for outcome in operator.outcomes), *filling]
     wrong += missing_refusals(filling, asked_when_full)
     of_steady = [*(asked for asker in steady for asked in asker.asked), *last]
     of_touched = [*(asked for asker in touched for asked in asker.asked), *asked_when_full]
-    wrong += [text for outcome in (*outcomes, *filling) if (text := wrong_outcome(outcome, MAX_SECONDS))]
+    wrong += [text for outcome in outcomes if (text := wrong_outcome(outcome, MAX_SECONDS))]
     for all_asked, may_be_gone in ((of_steady, False), (of_touched, True)):
         for asked in all_asked:
             text = wrong_answer(asked, references[asked.name], MAX_SECONDS, may_be_gone=may_be_gone)
@@ -296,7 +299,7 @@ def measure(options: argparse.Namespace) -> Figures:
         "storm_seconds": seconds,
         "operations": statuses_by_kind(outcomes),
         "refused_for_room": {
-            "pins_and_prefetches": sum(outcome.status == 429 for outcome in (*outcomes, *filling)),
+            "pins_and_prefetches": sum(outcome.status == 429 for outcome in outcomes),
             "requests": sum(asked.status == 429 for asked in of_touched),
         },
         "answers_of_the_steady": len(of_steady),

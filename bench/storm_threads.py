@@ -191,6 +191,21 @@ class Asker(threading.Thread):
                 self.asked.append(ask(self._client, model, self._prompt, self._num_tokens, cut=cut))
 
 
+def change(
+    client: httpx.Client, kind: str, name: str, method: str, path: str, body: dict[str, Any] | None
+) -> Outcome:
+    """One operation; status 0 where there was no answer."""
+    began = time.perf_counter()
+    retry_after: str | None = None
+    try:
+        response = client.request(method, path, json=body)
+        status, text = response.status_code, response.text[:300]
+        retry_after = response.headers.get("retry-after")
+    except httpx.HTTPError as error:
+        status, text = 0, f"{type(error).__name__}: {error}"
+    return Outcome(kind, name, status, text, time.perf_counter() - began, retry_after)
+
+
 class Operator(threading.Thread):
     """Makes `num_operations` changes, one after the other. contents: name -> the folders it may be loaded from."""
 
@@ -218,16 +233,7 @@ class Operator(threading.Thread):
                 self.outcomes.append(self._change(kind, name))
 
     def _change(self, kind: str, name: str) -> Outcome:
-        method, path, body = self._call(kind, name)
-        began = time.perf_counter()
-        retry_after: str | None = None
-        try:
-            response = self._client.request(method, path, json=body)
-            status, text = response.status_code, response.text[:300]
-            retry_after = response.headers.get("retry-after")
-        except httpx.HTTPError as error:
-            status, text = 0, f"{type(error).__name__}: {error}"
-        return Outcome(kind, name, status, text, time.perf_counter() - began, retry_after)
+        return change(self._client, kind, name, *self._call(kind, name))
 
     def _call(self, kind: str, name: str) -> tuple[str, str, dict[str, Any] | None]:
         """(method, path, body) of one operation."""

@@ -47,7 +47,7 @@ class Base:
 
     def lay_out(self, adapter: Adapter) -> Adapter:
         """The same adapter as it is to wait in host memory for this device."""
-        return lay_out(adapter) if self.device.type == "cuda" else adapter
+        return lay_out(adapter, self.dtype) if self.device.type == "cuda" else adapter
 
     def weights(self, name: str) -> torch.Tensor:
         """A tensor by its name in `spec.modules.parameters`; the base's own, not to be changed."""

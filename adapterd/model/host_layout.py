@@ -1,12 +1,13 @@
 """Adapters in host memory as a GPU will hold them, so that an upload has nothing to do but to move bytes.
 
-A file has B by rows of the output, the bank has it by rank (model/lora.py). To turn it takes several times as long as
-to copy it, so it is done once, when an adapter is read and no step waits for it; and into pinned memory, as vLLM does:
-from there the copy engine takes it, and no processor copies anything. On a CPU it would cost more than it saves.
+A file has B by rows of the output, the bank has it by rank (model/lora.py), and a file is often in float32 where the
+base is not. To turn and to round takes several times as long as to copy, so it is done once, when an adapter is read
+and no step waits for it; and into pinned memory, as vLLM does: from there the copy engine takes it, and no processor
+copies anything. On a CPU it would cost more than it saves.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -19,44 +20,52 @@ logger = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 << 20
 _ALIGN_BYTES = 64
 
+Allocate = Callable[[int], torch.Tensor]
+"""Number of bytes -> uint8; raises RuntimeError where there is no such memory."""
 
-def lay_out(adapter: Adapter) -> Adapter:
-    """The same adapter, its A and the transpose of its B contiguous, in pinned memory of their own if there is any.
 
-    One that changes more than linears stays as it is: its other tensors would hold on to the file's memory, and both
-    would be kept.
+def pinned(num_bytes: int) -> torch.Tensor:
+    """torch takes powers of two, and keeps for the next adapter what one has given back."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def lay_out(adapter: Adapter, dtype: torch.dtype, allocate: Allocate = pinned) -> Adapter:
+    """The same adapter, its A and the transpose of its B contiguous and of this type, in memory of their own.
+
+    It stays as it is where there is no such memory, which is logged, and where it changes more than linears: its other
+    tensors would hold on to the file's memory, and both would be kept.
     """
     if adapter.edits or not adapter.modules:
         return adapter
-    sizes = [size for m in adapter.modules for size in (m.a.nbytes, m.b.nbytes)]
-    rooms = _rooms(sizes)
+    sizes = [matrix.numel() * dtype.itemsize for m in adapter.modules for matrix in (m.a, m.b)]
     modules = []
-    for matrices in adapter.modules:
-        a, b_t = (next(rooms).view(matrix.dtype).view(matrix.shape) for matrix in (matrices.a, matrices.b.T))
-        copy_in_slices(a, matrices.a)
-        copy_in_slices(b_t, matrices.b.T)
-        modules.append(replace(matrices, a=a, b=b_t.T))
-    return replace(adapter, modules=tuple(modules))
+    try:
+        rooms = _rooms(sizes, allocate)
+        for matrices in adapter.modules:
+            a, b_t = (next(rooms).view(dtype).view(m.shape) for m in (matrices.a, matrices.b.T))
+            copy_in_slices(a, matrices.a)
+            copy_in_slices(b_t, matrices.b.T)
+            modules.append(replace(matrices, a=a, b=b_t.T))
+    except RuntimeError as error:  # the system gives a process only so much
+        logger.warning("adapter %s: no pinned memory, so its uploads take longer: %s", adapter.id.name, error)
+        return adapter
+    return replace(adapter, modules=tuple(modules), num_bytes=sum(sizes))
 
 
-def _rooms(sizes: list[int]) -> Iterator[torch.Tensor]:
-    """uint8 of these sizes, side by side in blocks, since torch takes powers of two of pinned memory."""
+def _rooms(sizes: list[int], allocate: Allocate) -> Iterator[torch.Tensor]:
+    """uint8 of these sizes, side by side in blocks: of powers of two, but for what is larger than a block alone.
+
+    What is left of a block when the next does not fit is lost.
+    """
     left = sum(map(_aligned, sizes))
     block = torch.empty(0, dtype=torch.uint8)
     for size in sizes:
         if _aligned(size) > len(block):
-            block = _block(max(min(left, _BLOCK_BYTES), _aligned(size)))
+            power_of_two = 1 << (left.bit_length() - 1)
+            block = allocate(max(min(power_of_two, _BLOCK_BYTES), _aligned(size)))
         yield block[:size]
         block = block[_aligned(size) :]
         left -= _aligned(size)
-
-
-def _block(num_bytes: int) -> torch.Tensor:
-    try:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:  # the system gives a process only so much
-        logger.warning("no pinned memory for an adapter, its uploads take longer: %s", error)
-    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -31,11 +31,12 @@ Int8Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.T
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(values int8 [d_out, d_in], scales float32 [d_out]) of a weight [d_out, d_in]; a row of zeros has scale 1."""
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for part in _parts(*weight.shape):
         rows = weight[part].to(torch.float32, copy=True)
-        largest = rows.abs().amax(1)
-        scale = scales[part] = torch.where(largest > 0, largest / _LARGEST, 1.0)
+        scale = rows.abs().amax(1) / _LARGEST
+        scale = torch.where(scale > 0, scale, 1.0)
+        scales[part] = scale
         values[part] = rows.div_(scale[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
     return values, scales
 

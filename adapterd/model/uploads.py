@@ -73,7 +73,7 @@ class AdapterUploads:
 
 
 class _Staging:
-    """A piece of pinned memory, through which goes what does not lie in such memory as the device will hold it
+    """A piece of pinned memory, through which goes whatever is not pinned, contiguous and of the device's type already
     (host_layout.py). Source of the idea: CUDA best practices, 10.1.
     """
 

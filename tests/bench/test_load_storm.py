@@ -114,7 +114,7 @@ def test_a_short_storm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     result = json.loads(captured.out.splitlines()[-1])
     assert (status, result["wrong"]) == (0, [])
     assert result["operations"].keys() <= CHANGES.keys()
-    assert sum(sum(counts.values()) for counts in result["operations"].values()) == 4 * 30
+    assert sum(sum(counts.values()) for counts in result["operations"].values()) == 4 * 30 + 2 * 2
     assert result["answers_of_the_steady"] > 4
     assert result["answers_of_the_touched"]["200"] > 0
     assert min(result["refused_for_room"].values()) > 0

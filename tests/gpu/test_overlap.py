@@ -94,9 +94,8 @@ def test_decode_steps_are_launched_without_waiting_for_the_device(directory: Pat
 
 def test_adapters_wait_in_pinned_memory_and_arrive_whole(directory: Path) -> None:
     offline = start(directory, 1)
-    for adapter_id in offline.adapters.values():
-        adapter = offline._versions[adapter_id]
-        products = offline.runner.bank.products(((adapter_id, 1.0),))
+    for adapter in offline.adapters.values():
+        products = offline.runner.bank.products(((adapter.id, 1.0),))
         for matrices in adapter.modules:
             assert matrices.a.is_pinned()
             assert matrices.b.is_pinned()

@@ -1,22 +1,25 @@
 """An adapter laid out for the device is the same adapter, in memory that nothing else holds on to."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from adapterd.deltas import OutputAffine
-from adapterd.model import host_layout
 from adapterd.model.host_layout import lay_out
 from tests.model.test_lora import TARGETS, make_adapter, make_bank
+
+
+def ordinary(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
 
 RANKS = {"q": 7, "k": 1, "up": 16, "down": 3}
 
 
 def test_a_and_the_transpose_of_b_are_contiguous_and_equal() -> None:
     adapter = make_adapter("a", RANKS)
-    found = lay_out(adapter)
+    found = lay_out(adapter, torch.float32, ordinary)
     assert replace(found, modules=adapter.modules) == adapter
     for before, after in zip(adapter.modules, found.modules, strict=True):
         assert (after.module, after.scale) == (before.module, before.scale)
@@ -30,7 +33,7 @@ def test_the_bank_holds_the_same_whatever_pages_it_gives() -> None:
     adapter = make_adapter("a", RANKS)
     plain, laid_out = make_bank(64), make_bank(64)
     plain.upload(adapter)
-    laid_out.upload(lay_out(adapter))
+    laid_out.upload(lay_out(adapter, torch.float32, ordinary))
     for module in TARGETS:
         one, other = (bank.products(((adapter.id, 1.0),))[module] for bank in (plain, laid_out))
         for expected, found in zip(one, other, strict=True):
@@ -41,50 +44,48 @@ def test_the_bank_holds_the_same_whatever_pages_it_gives() -> None:
 def test_memory_of_the_file_is_let_go() -> None:
     adapter = make_adapter("a", RANKS)
     taken = {matrix.untyped_storage().data_ptr() for m in adapter.modules for matrix in (m.a, m.b)}
-    found = lay_out(adapter)
-    held = {m.untyped_storage().data_ptr(): m.untyped_storage() for x in found.modules for m in (x.a, x.b)}
-    assert not taken & held.keys()
-    assert adapter.num_bytes <= sum(map(len, held.values())) <= adapter.num_bytes + 64 * 2 * len(RANKS)
+    found = lay_out(adapter, torch.float32, ordinary)
+    held = {matrix.untyped_storage().data_ptr() for m in found.modules for matrix in (m.a, m.b)}
+    assert held
+    assert not taken & held
 
 
-def test_types_are_kept_and_may_differ() -> None:
+def test_it_is_rounded_to_the_type_of_the_device_and_counted_so() -> None:
     adapter = make_adapter("a", RANKS)
-    modules = tuple(
-        replace(m, a=m.a.to(kind), b=m.b.to(kind))
-        for m, kind in zip(
-            adapter.modules, [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16], strict=True
-        )
-    )
-    found = lay_out(replace(adapter, modules=modules))
-    for before, after in zip(modules, found.modules, strict=True):
-        assert after.a.dtype == after.b.dtype == before.a.dtype
-        assert torch.equal(after.b, before.b)
+    found = lay_out(adapter, torch.bfloat16, ordinary)
+    assert found.num_bytes == adapter.num_bytes // 2
+    for before, after in zip(adapter.modules, found.modules, strict=True):
+        assert torch.equal(after.a, before.a.bfloat16())
+        assert torch.equal(after.b, before.b.bfloat16())
 
 
 def test_an_adapter_that_changes_more_than_linears_stays_as_it_is() -> None:
     adapter = replace(make_adapter("a", RANKS), edits=(OutputAffine("q", "bias", None, torch.ones(64)),))
-    assert lay_out(adapter) is adapter
+    assert lay_out(adapter, torch.float32, ordinary) is adapter
 
 
-def test_pinned_memory_comes_in_blocks_and_without_any_the_adapter_is_served_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_blocks_are_powers_of_two_and_little_is_lost() -> None:
     asked: list[int] = []
-    own = torch.empty
 
-    def empty(size: int, *, pin_memory: bool = False, **others: Any) -> torch.Tensor:
-        if pin_memory:
-            asked.append(size)
-            if len(asked) > 2:
-                raise RuntimeError("no more")
-        return own(size, **others)
+    def allocate(num_bytes: int) -> torch.Tensor:
+        asked.append(num_bytes)
+        return ordinary(num_bytes)
 
-    monkeypatch.setattr(host_layout.torch, "empty", empty)
-    monkeypatch.setattr(host_layout, "_BLOCK_BYTES", 4096)
-    adapter = make_adapter("a", RANKS)
-    found = lay_out(adapter)
-    for before, after in zip(adapter.modules, found.modules, strict=True):
-        assert torch.equal(after.a, before.a)
-        assert torch.equal(after.b, before.b)
-    assert max(asked) <= max(4096, *(m.b.nbytes for m in adapter.modules))
-    assert "no pinned memory" in caplog.text
+    adapter = make_adapter("a", {"q": 64, "k": 64, "up": 64, "down": 64})
+    lay_out(adapter, torch.float32, allocate)
+    assert all(size & (size - 1) == 0 for size in asked[:-1])
+    largest = max(m.b.nbytes for m in adapter.modules)
+    assert adapter.num_bytes <= sum(asked) <= adapter.num_bytes + largest * len(asked)
+
+
+def test_without_such_memory_the_adapter_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    blocks = [torch.empty(4096, dtype=torch.uint8)]
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        if not blocks:
+            raise RuntimeError("no more")
+        return torch.cat([blocks.pop(), ordinary(num_bytes)])
+
+    adapter = make_adapter("a", {"q": 64, "k": 64, "up": 64, "down": 64})
+    assert lay_out(adapter, torch.float32, allocate) is adapter
+    assert caplog.messages == ["adapter a: no pinned memory, so its uploads take longer: no more"]

@@ -104,7 +104,8 @@ struct DecoderStep {
   const at::Tensor& sequences;
 };
 
-// hidden: [tokens, hidden size], float32 or bfloat16, as everything else; bounds as for linears(), of all seven; keys, values: see write_kv.
+// hidden: [tokens, hidden size], float32 or bfloat16, as everything else; bounds as for linears(), of all seven; keys,
+// values: see write_kv.
 inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden, const DecoderStep& step,
                             at::IntArrayRef bounds, at::Tensor& keys, at::Tensor& values) {
   const int64_t tokens = step.slot_mapping.numel();
@@ -138,9 +139,9 @@ inline at::Tensor run_layer(const DecoderLayer& layer, const at::Tensor& hidden,
   return sum_of(middle, multiply(silu_mul(gated[0], gated[1]), layer.down)[0]);
 }
 
-// A model's layers of this kind, in the order in which they are called. Python builds it once, and then runs layers one
-// after another in one call: to hand over a layer's tensors each time, and to come back between layers, took a
-// fourteenth of a step of one token.
+// A model's layers of this kind, numbered as they are added. Python builds it once, and then runs layers one after
+// another in one call: to hand over a layer's tensors each time, and to come back between layers, took a twelfth of a
+// step of one token.
 class DecoderLayers : public torch::CustomClassHolder {
  public:
   // weights, scales and biases: of q, k, v, o, gate, up, down; the rest: see DecoderLayer. Returns the layer's number.
