@@ -13,12 +13,11 @@ from dataclasses import replace
 import torch
 
 from adapterd.adapter import Adapter
-from adapterd.model.transfer import copy_in_slices
+from adapterd.model.transfer import aligned, copy_in_slices
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 8 << 20
-_ALIGN_BYTES = 64
 
 Allocate = Callable[[int], torch.Tensor]
 """Number of bytes -> uint8; raises RuntimeError where there is no such memory."""
@@ -57,16 +56,12 @@ def _rooms(sizes: list[int], allocate: Allocate) -> Iterator[torch.Tensor]:
 
     What is left of a block when the next does not fit is lost.
     """
-    left = sum(map(_aligned, sizes))
+    left = sum(map(aligned, sizes))
     block = torch.empty(0, dtype=torch.uint8)
     for size in sizes:
-        if _aligned(size) > len(block):
+        if aligned(size) > len(block):
             power_of_two = 1 << (left.bit_length() - 1)
-            block = allocate(max(min(power_of_two, _BLOCK_BYTES), _aligned(size)))
+            block = allocate(max(min(power_of_two, _BLOCK_BYTES), aligned(size)))
         yield block[:size]
-        block = block[_aligned(size) :]
-        left -= _aligned(size)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        block = block[aligned(size) :]
+        left -= aligned(size)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from adapterd.host_memory import free_host_bytes
+from adapterd.model.transfer import aligned
 
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE_BYTES = 2 << 20
-_ALIGN_BYTES = 64
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST_ROOM = 1.25
 """Times the weights' bytes that must be free: the copy needs them before the file's pages are given back."""
@@ -30,7 +30,7 @@ def use_huge_pages(model: nn.Module) -> int:
     0 where they fill no large page, the system has none to give, or too little memory is free.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu" and t.nbytes]
-    num_bytes = sum(_aligned(tensor.nbytes) for tensor in tensors)
+    num_bytes = sum(aligned(tensor.nbytes) for tensor in tensors)
     if num_bytes < HUGE_PAGE_BYTES or not _offered():
         return 0
     free = free_host_bytes()
@@ -50,7 +50,7 @@ def use_huge_pages(model: nn.Module) -> int:
     for tensor in tensors:
         place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = place.copy_(tensor.data)
-        start += _aligned(tensor.nbytes)
+        start += aligned(tensor.nbytes)
     return num_bytes
 
 
@@ -69,7 +69,3 @@ def _reserve(num_bytes: int) -> torch.Tensor:
     memory = torch.frombuffer(region, dtype=torch.uint8)
     first = -memory.data_ptr() % HUGE_PAGE_BYTES
     return memory[first : first + num_bytes]
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES

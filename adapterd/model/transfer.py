@@ -4,6 +4,12 @@ import torch
 
 _SLICE_ELEMENTS = 32_000
 """torch spreads copies of 32768 elements and more over all cores, which the running step needs."""
+_ALIGN_BYTES = 64
+
+
+def aligned(num_bytes: int) -> int:
+    """Bytes that so many take, where each of several things begins on a line of a processor's cache."""
+    return -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

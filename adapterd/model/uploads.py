@@ -15,7 +15,7 @@ import torch
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterEvents, AdapterId, Unobserved
 from adapterd.model.lora import LoraBank
-from adapterd.model.transfer import copy_in_slices
+from adapterd.model.transfer import aligned, copy_in_slices
 
 logger = logging.getLogger(__name__)
 
@@ -100,4 +100,4 @@ class _Staging:
         piece = self._buffer[self.num_used : self.num_used + num_bytes].view(target.dtype).view(target.shape)
         copy_in_slices(piece, source)
         target.copy_(piece, non_blocking=True)
-        self.num_used += -(-num_bytes // 64) * 64
+        self.num_used += aligned(num_bytes)
