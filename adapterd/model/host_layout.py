@@ -1,7 +1,7 @@
 """Adapters in host memory as a GPU will hold them, so that an upload has nothing to do but to move bytes.
 
 A file has B by rows of the output, the bank has it by rank (model/lora.py), and a file is often in float32 where the
-base is not. To turn and to round takes several times as long as to copy, so it is done once, when an adapter is read
+base is not. To turn takes up to twice as long as to copy (bench/LOG.md), so it is done once, when an adapter is read
 and no step waits for it; and into pinned memory, as vLLM does: from there the copy engine takes it, and no processor
 copies anything. On a CPU it would cost more than it saves.
 """
