@@ -8,6 +8,7 @@ bench.plot.
     python -m bench.matrix --plan                                       # what would run, and for how long
     python -m bench.matrix --out bench/results/2026-11-23-epyc --budget 35
     python -m bench.matrix --out bench/results/2026-11-23-epyc --only 'adapterd.*base'
+    python -m bench.matrix --out OUT --instead vllm=vllm-float32       # another description of the same server
 
 The last line of stdout is JSON.
 """
@@ -157,9 +158,9 @@ def plan(visits: Sequence[Visit]) -> str:
     return "\n".join([*lines, f"{total:5.1f} min  together, if the guesses in the matrix hold"])
 
 
-def run_visit(visit: Visit, peers: Path, out: Path, deadline: float, output_tokens: int) -> int:
+def run_visit(visit: Visit, description: Path, out: Path, deadline: float, output_tokens: int) -> int:
     """How many cells it left out because they would not end before the deadline. A file appears whole or not at all."""
-    target = read_target(peers / f"{visit.server}.toml")
+    target = read_target(description)
     num_left_out = 0
     # Before the start: a server that waits for work may spin, and would count among the others.
     taken_on = machine()
@@ -193,7 +194,12 @@ def run_visit(visit: Visit, peers: Path, out: Path, deadline: float, output_toke
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        visits = still_to_run(read_matrix(arguments.matrix), arguments.out, arguments.only)
+        visits = read_matrix(arguments.matrix)
+        unknown = sorted(set(arguments.instead) - {visit.server for visit in visits})
+        if unknown:
+            known = ", ".join(dict.fromkeys(visit.server for visit in visits))
+            raise ValueError(f"--instead names {', '.join(unknown)}; {arguments.matrix} has {known}")
+        visits = still_to_run(visits, arguments.out, arguments.only)
     except (OSError, KeyError, TypeError, ValueError) as error:
         print(f"bench.matrix: {error}", file=sys.stderr)
         return 1
@@ -210,9 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.perf_counter() + visit.start_seconds > deadline:
                 num_left_out += len(visit.cells)
                 continue
-            num_left_out += run_visit(
-                visit, arguments.peers, arguments.out, deadline, arguments.output_tokens
-            )
+            description = arguments.peers / f"{arguments.instead.get(visit.server, visit.server)}.toml"
+            num_left_out += run_visit(visit, description, arguments.out, deadline, arguments.output_tokens)
         except (OSError, RuntimeError, ValueError) as error:
             print(f"bench.matrix: {visit.server}, visit {visit.number}: {error}", file=sys.stderr, flush=True)
             failed.append(f"{visit.server}.{visit.number}")
@@ -239,6 +244,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--matrix", type=Path, default=here / "matrix.toml", metavar="FILE")
     add("--peers", type=Path, default=here / "peers", help="where the servers' descriptions are")
+    add(
+        "--instead",
+        type=_server_and_description,
+        action="append",
+        default=[],
+        metavar="SERVER=DESCRIPTION",
+        help="start this one of the matrix's servers as another file of --peers says; may be given again",
+    )
     add("--out", type=Path, metavar="DIRECTORY", help="for the results, one file a cell and visit")
     add("--plan", action="store_true", help="show what would run, and run nothing")
     add("--only", default="", metavar="REGEX", help="cells whose name SERVER.TRAFFIC.cN it matches")
@@ -250,9 +263,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of an answer; fewer only to try the servers",
     )
     arguments = parser.parse_args(argv)
+    arguments.instead = dict(arguments.instead)
     if not arguments.plan and arguments.out is None:
         parser.error("--out is needed to run; --plan runs nothing")
     return arguments
+
+
+def _server_and_description(text: str) -> tuple[str, str]:
+    server, equals, description = text.partition("=")
+    if not (server and equals and description):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SERVER=DESCRIPTION, as in vllm=vllm-float32")
+    return server, description
 
 
 if __name__ == "__main__":
