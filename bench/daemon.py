@@ -1,5 +1,7 @@
 """Our own daemon under a bench: started as a person starts it, on a free port, and asked for its counters."""
 
+import contextlib
+import random
 import re
 import shlex
 import socket
@@ -15,9 +17,7 @@ from bench.workload import token_prompt
 
 def adapterd(base: Path, adapters: Path | None, *flags: str) -> Target:
     """`adapterd serve` on a base directory and a directory of adapters; flags as `--name=value`."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     where = () if adapters is None else ("--adapters", str(adapters))
     given = ("--base", str(base), "--served-name", "base", *where, "--port", str(port), *flags)
     return Target(
@@ -28,6 +28,15 @@ def adapterd(base: Path, adapters: Path | None, *flags: str) -> Target:
         start="$PYTHON -m adapterd serve " + shlex.join(given),
         ready="/readyz",
     )
+
+
+def free_port() -> int:
+    """One that outgoing connections do not take while no server listens on it."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def metric(url: str, name: str, **labels: str) -> float:

@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+
+from bench.daemon import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _MODELS = ("mini", "mini:support", "mini:moderation", "mini:medical")
@@ -175,15 +176,6 @@ class Daemon:
 def kill(daemons: list[Daemon]) -> None:
     for daemon in daemons:
         daemon.process.kill()
-
-
-def free_port() -> int:
-    """One that outgoing connections do not take while a daemon is away from it."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with contextlib.suppress(OSError), socket.socket() as found:
-            found.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.contextmanager

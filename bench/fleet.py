@@ -4,7 +4,7 @@
 
 Makes a base of the embedded one's shape with random weights and a few hundred adapters for it, starts `--pods` daemons
 whose device memory holds a handful of them each, puts bench.fleet_proxy in front, and sends open-loop traffic whose
-adapters follow a power law. For each policy the daemons are started anew, and the first third of the requests is not
+adapters follow Zipf's law. For each policy the daemons are started anew, and the first third of the requests is not
 counted. Hits and moves are the daemons' own counters; times are the client's.
 
 First it measures what one daemon's work costs, alone: a step, a prompt, an upload, a read. With these costs the same
@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -31,10 +30,11 @@ from typing import Any
 import httpx
 
 from bench.client import LoadRequest, Record, run_closed, run_open
-from bench.fleet_picker import power_law
+from bench.daemon import adapterd
+from bench.fleet_picker import zipf_shares
 from bench.fleet_proxy import weights_of
 from bench.fleet_sim import Costs, Fleet, Traffic
-from bench.models import SHAPES, make_adapter, make_base
+from bench.models import SHAPES, lora_linears, make_adapter, make_base
 from bench.report import emit, machine, percentile
 from bench.target import Target, running
 from bench.workload import arrival_seconds, token_prompt
@@ -73,12 +73,13 @@ class Setup:
 def make_models(setup: Setup) -> int:
     """Base and adapters, unless they are there; returns the bytes of one adapter."""
     config = SHAPES["mini"]()
+    linears = lora_linears(config)
     if not (setup.work / MODEL / "model.safetensors").exists():
         make_base(config, setup.work / MODEL)
     for index in range(setup.num_adapters):
         directory = setup.adapters / name_of(index)
         if not (directory / "adapter_config.json").exists():
-            make_adapter(config, directory, setup.rank, seed=index)
+            make_adapter(linears, directory, setup.rank, seed=index)
     return (setup.adapters / name_of(0) / "adapter_model.safetensors").stat().st_size
 
 
@@ -87,25 +88,21 @@ def name_of(adapter: int) -> str:
 
 
 def pod_target(setup: Setup, index: int, adapter_bytes: int) -> Target:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     # A little more than so many adapters: memory is handed out in pages.
     device, host = (int((n + 0.5) * adapter_bytes) for n in (setup.device_adapters, setup.host_adapters))
-    flags = (
-        f"--base {setup.work / MODEL} --served-name {MODEL} --adapters {setup.adapters} --port {port} --dtype float32"
-        f" --adapter-memory {2 * device} --host-memory {2 * host} --kv-memory 64MiB --max-num-seqs 16"
-        f" --state {setup.work / f'state-{index}'} --log-level warning"
+    target = adapterd(
+        setup.work / MODEL,
+        setup.adapters,
+        "--dtype=float32",
+        f"--adapter-memory={2 * device}",
+        f"--host-memory={2 * host}",
+        "--kv-memory=64MiB",
+        "--max-num-seqs=16",
+        f"--state={setup.work / f'state-{index}'}",
+        "--log-level=warning",
     )
     # One thread each: there are more daemons than processors.
-    return Target(
-        name=f"pod {index}",
-        url=f"http://127.0.0.1:{port}",
-        model=MODEL,
-        start=f'"$PYTHON" -m adapterd serve {flags}',
-        ready="/readyz",
-        env={"OMP_NUM_THREADS": "1"},
-    )
+    return dataclasses.replace(target, name=f"pod {index}", env={"OMP_NUM_THREADS": "1"})
 
 
 @contextlib.contextmanager
@@ -134,7 +131,7 @@ def proxy(urls: Sequence[str], policy: str) -> Iterator[str]:
 
 def requests_of(setup: Setup) -> list[LoadRequest]:
     """The same for every policy."""
-    shares = power_law(setup.num_adapters, setup.alpha)
+    shares = zipf_shares(setup.num_adapters, setup.alpha)
     chosen = random.Random(setup.seed).choices(range(setup.num_adapters), shares, k=setup.num_requests)
     arrivals = arrival_seconds(setup.num_requests, setup.rate, 1.0, setup.seed)
     return [
@@ -278,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--pods", type=int, default=4)
     add("--adapters", type=int, default=300)
     add("--rank", type=int, default=64)
-    add("--alpha", type=float, default=1.0, help="of the power law")
+    add("--alpha", type=float, default=1.0, help="the exponent of Zipf's law")
     add("--rate", type=float, default=8.0, help="requests a second")
     add("--requests", type=int, default=480)
     add("--prompt-tokens", type=int, default=64)

@@ -110,8 +110,8 @@ def choose(
     return ties[0] if len(ties) == 1 else draw.choice(ties)
 
 
-def power_law(num_adapters: int, alpha: float) -> list[float]:
-    """Share of the traffic of each adapter: the i-th is asked for in proportion to i ** -alpha (S-LoRA's workload)."""
+def zipf_shares(num_adapters: int, alpha: float) -> list[float]:
+    """Share of the traffic of each adapter: the i-th is asked for in proportion to i ** -alpha (Zipf's law)."""
     weights = [(index + 1) ** -alpha for index in range(num_adapters)]
     total = sum(weights)
     return [weight / total for weight in weights]

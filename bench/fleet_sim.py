@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.fleet_picker import KSERVE, NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, power_law
+from bench.fleet_picker import KSERVE, NO_LORA_SCORER, SCRAPE_SECONDS, Signals, Weights, choose, zipf_shares
 from bench.report import emit, machine, percentile
 
 
@@ -139,7 +139,7 @@ class Fleet:
         return self._figures(self.requests[warm:], uploads - uploads_at_warm, reads - reads_at_warm)
 
     def _arrivals(self) -> None:
-        shares = power_law(self.traffic.num_adapters, self.traffic.alpha)
+        shares = zipf_shares(self.traffic.num_adapters, self.traffic.alpha)
         chosen = self._draw.choices(range(self.traffic.num_adapters), shares, k=self.traffic.num_requests)
         now = 0.0
         for index, adapter in enumerate(chosen):
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--pods", type=int, default=100)
     add("--adapters", type=int, default=10_000)
-    add("--alpha", type=float, default=1.0, help="of the power law")
+    add("--alpha", type=float, default=1.0, help="the exponent of Zipf's law")
     add("--load", type=float, default=0.6, help="part of what the pods could answer, all adapters resident")
     add("--requests", type=int, default=100_000)
     add("--output-tokens", type=int, default=64)

@@ -236,10 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     summaries = [head]
     endings: list[str] = []
+    names = arguments.only.split(",")
+    parts = parts_of(names, out, profile=arguments.profile, try_out=arguments.try_out)
+    for part in parts:
+        if part.figures is not None:
+            part.figures.unlink(
+                missing_ok=True
+            )  # of a run before: they would be shown for a part that did not come
     with (out / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
-        for part in parts_of(
-            arguments.only.split(","), out, profile=arguments.profile, try_out=arguments.try_out
-        ):
+        for part in parts:
             start = log.tell()
             ended = run(part, log, 60 * arguments.minutes - (time.monotonic() - began))
             log.seek(start)
@@ -250,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(output[-arguments.tail :], flush=True)
             summaries.append(summary_of(part, ended, output))
             (out / "summary.txt").write_text("\n".join(summaries) + "\n")
-    summaries += filter(None, [compare_int8(out)])
+    if {"decode", "int8"} <= set(names):
+        summaries += filter(None, [compare_int8(out)])
     (out / "summary.txt").write_text("\n".join(summaries) + "\n")
     print("\n".join(["", *summaries]), flush=True)
     return status_of(endings, try_out=arguments.try_out)

@@ -22,18 +22,17 @@ import asyncio
 import http.client
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 
-from bench.drains import free_port
+from adapterd.model.find import find_base
+from bench.daemon import adapterd
+from bench.target import running
 
 _RATE = 20.0
 _NUM_CLIENTS = 8
@@ -50,7 +49,6 @@ def make_adapters(folder: Path, count: int) -> list[str]:
 
     from adapterd.adapter_writer import base_fingerprint, write_adapter
     from adapterd.model.base import load_base
-    from adapterd.model.find import find_base
 
     base = load_base("mini")
     fingerprint = base_fingerprint(find_base("mini"))
@@ -79,35 +77,6 @@ def make_adapters(folder: Path, count: int) -> list[str]:
     return names
 
 
-@contextmanager
-def daemon(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
-    port = free_port()
-    command = [sys.executable, "-m", "adapterd", "serve", "--adapters", str(adapters), "--port", str(port)]
-    process = subprocess.Popen(
-        [*command, "--adapter-memory", "512MiB", "--kv-memory", "64MiB", "--log-level", "warning"],
-        stdout=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        with httpx.Client() as client:
-            while not _is_ready(client, url):
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise SystemExit("the daemon did not get ready")
-                time.sleep(0.2)
-        yield url, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _is_ready(client: httpx.Client, url: str) -> bool:
-    try:
-        return client.get(f"{url}/readyz").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 class Clients:
     """Streams in a closed loop; counts the tokens that came."""
 
@@ -131,7 +100,7 @@ class Clients:
 
     async def ask(self, client: httpx.AsyncClient, name: str, num_tokens: int) -> None:
         body = {
-            "model": f"mini:{name}",
+            "model": f"base:{name}",
             "prompt": "My parcel has",
             "max_tokens": num_tokens,
             "ignore_eos": True,
@@ -247,8 +216,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         names = make_adapters(Path(folder), arguments.adapters)
-        with daemon(Path(folder)) as (url, process):
-            result = asyncio.run(measure(url, process, names, arguments.seconds, arguments.turns))
+        flags = ("--adapter-memory=512MiB", "--kv-memory=64MiB", "--log-level=warning")
+        target = adapterd(find_base("mini"), Path(folder), *flags)
+        with running(target, timeout_seconds=120) as server:
+            process = psutil.Process(server.pid)
+            result = asyncio.run(measure(target.url, process, names, arguments.seconds, arguments.turns))
     result = {"adapters": arguments.adapters, **result}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

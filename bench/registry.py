@@ -118,12 +118,20 @@ class Clients:
             if output.finish_reason is not None:
                 self._done[output.request_id].set()
 
-    def run(self, adapters: Sequence[int], *, label: str) -> dict[str, float]:
-        """Requests per second, and how often weights had to be read for them."""
+    def run(self, adapters: Sequence[int], *, label: str, seed: str) -> dict[str, float]:
+        """Requests per second, and how often weights had to be read for them.
+
+        Requests are known by `label`; their prompts and lengths follow from `seed`.
+        """
         before = self._daemon.registry.stats()
         began = time.perf_counter()
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-            list(pool.map(lambda item: self._ask(f"{label}-{item[0]}", item[1]), enumerate(adapters)))
+            list(
+                pool.map(
+                    lambda item: self._ask(f"{label}-{item[0]}", f"{seed}-{item[0]}", item[1]),
+                    enumerate(adapters),
+                )
+            )
         seconds = time.perf_counter() - began
         after = self._daemon.registry.stats()
         return {
@@ -133,11 +141,11 @@ class Clients:
             "host_bytes": after.host_bytes,
         }
 
-    def _ask(self, label: str, adapter: int) -> None:
+    def _ask(self, label: str, seed: str, adapter: int) -> None:
         daemon = self._daemon
         resolved = daemon.registry.resolve_waiting(f"mini:{name_of(adapter)}", 60)
         lease = daemon.registry.lease(resolved.mix)
-        draw = random.Random(label)
+        draw = random.Random(seed)
         prompt = tuple(draw.randrange(300, 2000) for _ in range(draw.randrange(8, 128)))
         params = SamplingParams(max_tokens=draw.randrange(8, 64), temperature=0, ignore_eos=True)
         request = Request(
@@ -165,11 +173,11 @@ def measure_requests(
     clients = Clients(daemon)
     few = power_law(num_requests, NUM_FEW, alpha, seed=42)
     many = power_law(num_requests, num_adapters, alpha, seed=42)
-    clients.run(few[: num_requests // 4], label="warm")
+    clients.run(few[: num_requests // 4], label="warm", seed="warm")
     runs: dict[str, list[dict[str, float]]] = {"few": [], "many": []}
     for round_number in range(rounds):
         for kind, adapters in (("few", few), ("many", many)):
-            runs[kind].append(clients.run(adapters, label=f"{kind}{round_number}"))
+            runs[kind].append(clients.run(adapters, label=f"{kind}{round_number}", seed=str(round_number)))
     daemon.engine.stop()
     daemon.registry.stop()
     medians = {

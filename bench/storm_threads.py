@@ -106,7 +106,7 @@ def wrong_answer(
     if asked.error is not None:
         return f"{asked.name}: in the stream: {asked.error}"
     if asked.digest not in references:
-        return f"{asked.name}: answered by {asked.digest[:12]}, which it never was"
+        return f"{asked.name}: answered by {asked.digest[:12] or 'no version'}, which it never was"
     expected = list(references[asked.digest])
     if asked.token_ids != (expected[: len(asked.token_ids)] if asked.is_cut else expected):
         return f"{asked.name} {asked.digest[:12]}: {asked.token_ids} is not {expected}"
@@ -132,7 +132,7 @@ def ask(client: httpx.Client, model: str, prompt: Sequence[int], num_tokens: int
         with client.stream("POST", "/v1/completions", json=body) as response:
             asked.status = response.status_code
             if response.status_code == 200:
-                asked.digest = response.headers["x-adapterd-digest"]
+                asked.digest = response.headers.get("x-adapterd-digest", "")
                 _read_answer(response, asked)
             else:
                 asked.error = response.read().decode()[:300]
@@ -150,7 +150,11 @@ def _read_answer(response: httpx.Response, asked: Asked) -> None:
             return
         if not data:
             continue
-        chunk = json.loads(data)
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            asked.error = f"no JSON: {data[:300]}"
+            return
         if "error" in chunk:
             asked.error = json.dumps(chunk["error"])[:300]
         for choice in chunk.get("choices", ()):

@@ -2,6 +2,7 @@
 
     python -m bench.table bench/results/2026-11-23-epyc                                  # to look at
     python -m bench.table bench/results/2026-11-23-epyc --into bench/README.md         # between its markers
+    python -m bench.table bench/results/2026-11-28-epyc-7003 --into bench/README.md --markers speed-avx2    # others
 
 Figures are medians over the visits. A cell that was not measured is shown as missing, never left out.
 """
@@ -19,7 +20,7 @@ BASE_BYTES = 946_339_840
 ADAPTER_BYTES_PER_RANK = 1_261_568
 """Of the shape that bench.models makes by default; bench/LOG.md has the arithmetic."""
 
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+MARKERS = "speed"
 _MISSING = "not measured"
 
 
@@ -224,11 +225,15 @@ def machine_line(directory: Path) -> str:
     first = json.loads(min(directory.glob("*.json")).read_text())["machine"]
     results = read_results(directory)
     widest = max((cell.spread for cell in results.values() if cell.num_visits > 1), default=0.0)
-    busiest = max(json.loads(path.read_text())["machine"]["busy_cpus"] for path in directory.glob("*.json"))
+    files = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    busiest = max(file["machine"]["busy_cpus"] for file in files)
+    described = {file["cell"]["server"]: file["target"]["name"] for file in files if "cell" in file}
+    others = ", ".join(f"{server}'s is {name}" for server, name in described.items() if server != name)
     return (
         f"Output tokens a second, medians over the visits. {first['num_cpus']} processors, {first['cpu']}, "
         f"{', '.join(first['cpu_flags'])}; torch {first['packages']['torch']}; {first['date'][:10]}. Visits to the "
         f"same cell differ by {widest:.0%} at most; others kept {busiest:.2f} processors busy at most."
+        + (f" Another description than the matrix names: {others}." if others else "")
     )
 
 
@@ -244,20 +249,27 @@ def markdown(directory: Path) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def write_between_markers(text: str, table: str) -> str:
+def markers(name: str = MARKERS) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_between_markers(text: str, table: str, name: str = MARKERS) -> str:
     """Raises ValueError if a marker is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the file needs a line {BEGIN} and, below it, a line {END}")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    begin, end = markers(name)
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"the file needs a line {begin} and, below it, a line {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         table = markdown(arguments.results)
-        texts = {path: write_between_markers(path.read_text(), table) for path in arguments.into}
+        texts = {
+            path: write_between_markers(path.read_text(), table, arguments.markers) for path in arguments.into
+        }
     except (OSError, ValueError) as error:
         print(f"bench.table: {error}", file=sys.stderr)
         return 1
@@ -277,6 +289,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("results", type=Path, metavar="DIRECTORY")
     parser.add_argument(
         "--into", type=Path, nargs="+", default=[], metavar="FILE", help="put the tables there"
+    )
+    parser.add_argument(
+        "--markers",
+        default=MARKERS,
+        metavar="NAME",
+        help=f"between which of its markers (default: {MARKERS})",
     )
     return parser.parse_args(argv)
 

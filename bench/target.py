@@ -71,9 +71,13 @@ def read_target(path: Path) -> Target:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers. `memory` watches it from its start, or from now if it ran already."""
+    """A server that answers. `memory` watches it from its start, or from now if it ran already.
+
+    pid: of the process that was started, or that is watched; None if neither.
+    """
 
     target: Target
+    pid: int | None
     memory: "MemoryPeak"
     startup_seconds: float | None
 
@@ -84,7 +88,7 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
     if target.start is None:
         _wait_until_ready(target, timeout_seconds, None)
         with MemoryPeak(pid) as memory:
-            yield Running(target, memory, None)
+            yield Running(target, pid, memory, None)
         return
     with _asking() as client:
         if _is_ready(target, client):
@@ -108,7 +112,7 @@ def running(target: Target, timeout_seconds: float, pid: int | None = None) -> I
                     _wait_until_ready(target, timeout_seconds, process)
                 except RuntimeError as error:
                     raise RuntimeError(f"{error}\n{shlex.join(command)}\n{_tail(log)}") from None
-                yield Running(target, memory, time.perf_counter() - began)
+                yield Running(target, process.pid, memory, time.perf_counter() - began)
         finally:
             _stop(process)
 

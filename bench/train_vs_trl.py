@@ -4,10 +4,11 @@
     python -m bench.train_vs_trl --trl DIRECTORY
 
 Both train in turn (A B A B), each in a process of its own, packing on, float32, both counting real tokens: prompts
-and answers, no padding. Timed are optimiser steps alone: forward, backward, clipping, AdamW, after two steps of
-warm-up; loading, evaluation and checkpoints are in neither. Both learn from answers only, rank 16 on all linears,
-no gradient checkpointing. A step is the same number of tokens on average, `--step-tokens`, and neither computes more
-than those at once: TRL packs rows into lines of that length, adapterd cuts a step of more into two forwards.
+and answers, no padding. Timed are optimiser steps alone: forward, backward, clipping, AdamW, after a warm-up of one
+step (TRL: two); loading, evaluation and checkpoints are in neither. Both learn from answers only, rank 16 on all
+linears, no gradient checkpointing. A step is the same number of tokens on average, `--step-tokens`, and neither
+computes more than those at once: TRL packs rows into lines of that length, adapterd cuts a step of more into two
+forwards.
 
 The base has a Llama's shape with random weights: 38 million parameters, of which 8 are the embedding. Rows are
 random words; prompts of 30 to 500 tokens and answers of 5 to 120, most of them short, as tickets are.

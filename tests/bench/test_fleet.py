@@ -16,15 +16,16 @@ import httpx
 import pytest
 import yaml
 
+from bench.fleet import Setup, make_models, pod_target
 from bench.fleet_picker import (
     NO_LORA_SCORER,
     Signals,
     Weights,
     choose,
     lora_affinity,
-    power_law,
     read_signals,
     scores,
+    zipf_shares,
 )
 from bench.fleet_plot import svg
 from bench.fleet_proxy import weights_of
@@ -101,10 +102,35 @@ def test_ties_are_shared_out() -> None:
     assert {choose("a", pods, [0, 0, 0], NO_LORA_SCORER, draw) for _ in range(50)} == {0, 1}
 
 
-def test_a_power_law_falls_and_sums_to_one() -> None:
-    shares = power_law(1000, 1.0)
+def test_zipf_s_law_falls_and_sums_to_one() -> None:
+    shares = zipf_shares(1000, 1.0)
     assert sum(shares) == pytest.approx(1)
     assert shares[0] == pytest.approx(10 * shares[9])
+
+
+def test_models_are_made_once_and_their_size_is_known(tmp_path: Path) -> None:
+    setup = Setup(
+        work=tmp_path,
+        num_pods=1,
+        num_adapters=2,
+        rank=2,
+        alpha=1.0,
+        rate=1.0,
+        num_requests=1,
+        prompt_tokens=1,
+        output_tokens=1,
+        device_adapters=1,
+        host_adapters=2,
+    )
+    num_bytes = make_models(setup)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(files) == 3
+    assert num_bytes == (setup.adapters / "a0001" / "adapter_model.safetensors").stat().st_size
+    assert make_models(setup) == num_bytes
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
+    target = pod_target(setup, 0, num_bytes)
+    assert target.start is not None
+    assert f"--adapter-memory={2 * int(1.5 * num_bytes)}" in target.start
 
 
 def test_policies_are_named_or_refused() -> None:

@@ -198,6 +198,15 @@ def test_a_try_out_runs_parts_on_a_cpu_and_keeps_their_figures(tmp_path: Path) -
     }
 
 
+def test_a_part_that_did_not_come_shows_no_figures_of_a_run_before(tmp_path: Path) -> None:
+    (tmp_path / "kernels.json").write_text('{"bench": "kernels"}')
+    (tmp_path / "decode.json").write_text('{"bench": "gpu_decode"}')
+    assert gpu_all.main(["--out", str(tmp_path), "--only", "kernels", "--try-out", "--minutes", "0"]) == 1
+    assert "== kernels: left out: no time" in (tmp_path / "summary.txt").read_text()
+    assert not (tmp_path / "kernels.json").exists()
+    assert (tmp_path / "decode.json").exists()
+
+
 def test_products_are_timed_under_every_tiling_that_fits(tmp_path: Path) -> None:
     out = tmp_path / "made" / "linear.json"
     tiny = ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--megabytes", "1"]

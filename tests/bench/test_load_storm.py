@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from bench.load_storm import main, missing_refusals, unbalanced
-from bench.storm_threads import CHANGES, Asked, Outcome, wrong_answer, wrong_outcome
+from bench.storm_threads import CHANGES, Asked, Outcome, ask, wrong_answer, wrong_outcome
 
 REFERENCES = {"one": [1, 2, 3], "two": [4, 5, 6]}
 NO_ROOM = "no adapter memory for 'a': 1.0 MiB are needed, and pinned adapters take 2.0 MiB of 2.0 MiB"
@@ -40,6 +41,22 @@ def test_an_answer_must_be_one_versions_whole_and_in_time(
     else:
         with pytest.raises(AssertionError, match=complaint):
             raise AssertionError(said)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "complaint"),
+    [
+        ({"x-adapterd-digest": "two"}, "data: {what\n\ndata: [DONE]\n\n", "no JSON: {what"),
+        ({}, "data: [DONE]\n\n", "no version, which it never was"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_a_wrong_one(
+    headers: dict[str, str], body: str, complaint: str
+) -> None:
+    answer = httpx.MockTransport(lambda _: httpx.Response(200, headers=headers, text=body))
+    with httpx.Client(base_url="http://server", transport=answer) as client:
+        asked = ask(client, "a", [1], 3, cut=False)
+    assert complaint in (wrong_answer(asked, REFERENCES, 60.0, may_be_gone=False) or "")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench import matrix, plot, table
+from bench.daemon import free_port
 from bench.target import read_target
 
 _ROOT = Path(__file__).parents[2]
@@ -33,25 +33,18 @@ cells = [{ traffic = "base", concurrency = 1, requests = 2, expect = 1000 }]
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def comparison(tmp_path: Path) -> list[str]:
     """Arguments for a matrix of one server that works and one that does not start."""
     (tmp_path / "matrix.toml").write_text(_MATRIX)
-    port = _free_port()
+    port = free_port()
     (tmp_path / "good.toml").write_text(
         f'url = "http://127.0.0.1:{port}"\n'
         f'start = "$PYTHON -m tests.bench.fake_openai {port}"\n'
         f'[env]\nPYTHONPATH = "{_ROOT}"\n'
     )
     (tmp_path / "absent.toml").write_text(
-        f'url = "http://127.0.0.1:{_free_port()}"\nstart = "$PYTHON -c \'raise SystemExit(7)\'"\n'
+        f'url = "http://127.0.0.1:{free_port()}"\nstart = "$PYTHON -c \'raise SystemExit(7)\'"\n'
     )
     files = ["--matrix", str(tmp_path / "matrix.toml"), "--peers", str(tmp_path)]
     return [*files, "--out", str(tmp_path / "results"), "--output-tokens", "4"]
@@ -92,6 +85,20 @@ def test_a_result_says_what_was_asked_and_on_what(
     assert result["median"]["output_tokens"] == 16
     assert result["machine"]["num_cpus"] == len(os.sched_getaffinity(0))
     assert sys.executable not in json.dumps(result)
+
+
+def test_a_server_is_started_as_another_description_says(
+    comparison: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.toml").rename(tmp_path / "better.toml")
+    status, result = _run(capsys, [*comparison, "--only", "good.mixed", "--instead", "good=better"])
+    assert (status, result["num_files"]) == (0, 1)
+    assert (
+        json.loads((tmp_path / "results" / "good.mixed.c2.0.json").read_text())["target"]["name"] == "better"
+    )
+    assert "good's is better." in table.machine_line(tmp_path / "results")
+    assert matrix.main([*comparison, "--instead", "godo=better"]) == 1
+    assert "--instead names godo; " in capsys.readouterr().err
 
 
 def test_what_does_not_fit_the_budget_is_left_out_and_said(
@@ -151,6 +158,7 @@ def _write(directory: Path, server: str, traffic: str, concurrency: int, rates: 
                 "date": "2026-11-23T15:00Z", "cpu": "Some CPU", "cpu_flags": ["avx512f"], "num_cpus": 2,
                 "busy_cpus": 0.01, "packages": {"torch": "2.13.0"},
             },
+            "target": {"name": server},
             "median": {
                 "output_tokens_per_second": rate, "ttft_seconds": spread, "itl_seconds": spread,
                 "peak_rss_bytes": 2e9, "startup_seconds": 5.0, "num_errors": 0,
@@ -193,15 +201,19 @@ def test_the_tax_is_held_against_what_bytes_allow(results: Path) -> None:
 
 def test_tables_go_between_their_markers_and_nowhere_else(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    (begin, end), (other_begin, other_end) = table.markers(), table.markers("other")
+    page.write_text(f"before\n{begin}\nold\n{end}\n{other_begin}\nstays\n{other_end}\nafter\n")
     assert table.main([str(results), "--into", str(page)]) == 0
     first = page.read_text()
     assert first.startswith("before\n")
     assert first.endswith("\nafter\n")
     assert "old" not in first
     assert "| 8 mixed | 8 |" in first
+    assert "\nstays\n" in first
     assert table.main([str(results), "--into", str(page)]) == 0
     assert page.read_text() == first
+    assert table.main([str(results), "--into", str(page), "--markers", "other"]) == 0
+    assert page.read_text().count("| 8 mixed | 8 |") == 2
     page.write_text("no markers")
     assert table.main([str(results), "--into", str(page)]) == 1
     assert page.read_text() == "no markers"

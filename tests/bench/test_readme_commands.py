@@ -43,11 +43,12 @@ def test_loads_and_servers_can_be_read(line: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("line", [line for module, line in COMMANDS if module == "bench.table"])
 def test_files_for_tables_have_the_markers(line: str) -> None:
-    files = _parsed("bench.table", line).into
-    assert files
-    for file in files:
-        text = table.write_between_markers((_ROOT / file).read_text(), "a table")
-        assert f"{table.BEGIN}\na table\n{table.END}" in text
+    arguments = _parsed("bench.table", line)
+    assert arguments.into
+    begin, end = table.markers(arguments.markers)
+    for file in arguments.into:
+        text = table.write_between_markers((_ROOT / file).read_text(), "a table", arguments.markers)
+        assert f"{begin}\na table\n{end}" in text
 
 
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"bench/peers/\w+\.sh", _BLOCKS))))

@@ -1,24 +1,17 @@
 """Servers that the load generator starts itself."""
 
-import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from bench.daemon import free_port
 from bench.target import Target, resident_bytes, running, server_version
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def test_a_server_is_started_watched_and_stopped(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     target = Target(
         url=f"http://127.0.0.1:{port}",
         start=f'"$PYTHON" -m http.server {port} --bind 127.0.0.1 --directory {tmp_path}',
@@ -41,14 +34,14 @@ def test_a_server_is_started_watched_and_stopped(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_start_shows_its_log() -> None:
     target = Target(
-        url=f"http://127.0.0.1:{_free_port()}", start='"$PYTHON" -c "raise SystemExit(\'no such model\')"'
+        url=f"http://127.0.0.1:{free_port()}", start='"$PYTHON" -c "raise SystemExit(\'no such model\')"'
     )
     with pytest.raises(RuntimeError, match="no such model"), running(target, timeout_seconds=60):
         pass
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
-    target = Target(url=f"http://127.0.0.1:{_free_port()}", start="sleep 60")
+    target = Target(url=f"http://127.0.0.1:{free_port()}", start="sleep 60")
     before = set(psutil.Process().children())
     with pytest.raises(RuntimeError, match="did not answer 200 within"), running(target, timeout_seconds=0.5):
         pass
