@@ -1,9 +1,10 @@
 """PEFT's own mixed batch: transformers `generate` with `adapter_names`, offline, one static batch, no server.
 
-The best case for PEFT: all prompts of one length, all there at once, and all answers of one length. Adapters stay
-in bfloat16, as ours do (PEFT's default casts them to float32).
+The best case for PEFT: all prompts of one length, all there at once, and all answers of one length. Adapters are in
+the base's type, as ours are (PEFT's default casts them to float32).
 
     python -m bench.peers.peft_batch --models OUT --batch 8,16 --adapters 0,1,8
+    python -m bench.peers.peft_batch --models OUT --dtype float32     # quicker on a processor without AVX-512
 
 The last line of stdout is JSON.
 """
@@ -24,10 +25,10 @@ from bench.report import emit, machine
 from bench.workload import token_prompt
 
 
-def load(models: Path, num_adapters: int, attention: str) -> Any:
+def load(models: Path, num_adapters: int, attention: str, dtype: str) -> Any:
     """The base with the first `num_adapters` adapters under their directories' names; bare if there are none."""
     model: Any = AutoModelForCausalLM.from_pretrained(
-        models / "base", dtype=torch.bfloat16, attn_implementation=attention
+        models / "base", dtype=getattr(torch, dtype), attn_implementation=attention
     )
     for path in sorted((models / "adapters").iterdir())[:num_adapters]:
         if isinstance(model, PeftModel):
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"bench": "peft_batch", "machine": machine()}
     runs = []
     for count in (int(part) for part in arguments.adapters.split(",")):
-        model = load(arguments.models, count, arguments.attention)
+        model = load(arguments.models, count, arguments.attention, arguments.dtype)
         names = [path.name for path in sorted((arguments.models / "adapters").iterdir())[:count]]
         for batch in (int(part) for part in arguments.batch.split(",")):
             generate_seconds(model, names, batch, arguments.prompt_tokens, 2, "warm-up")
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         del model
     result |= {
         "attention": arguments.attention,
+        "dtype": arguments.dtype,
         "num_threads": torch.get_num_threads(),
         "prompt_tokens": arguments.prompt_tokens,
         "output_tokens": arguments.output_tokens,
@@ -107,6 +109,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=128)
     add("--output-tokens", type=int, default=64)
     add("--attention", choices=("eager", "sdpa"), default="eager")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--repeats", type=int, default=3, help="the median is kept")
     add("--out", type=Path, help="write the result here too")
     return parser.parse_args(argv)
