@@ -54,6 +54,22 @@ def test_a_decay_that_gains_nothing_ends_early() -> None:
     assert s.best_step == 310
 
 
+@pytest.mark.parametrize("flat", [(168, 180), (160, 172, 184)], ids=["two", "as many as end it"])
+def test_evaluations_before_the_decay_do_not_end_it(flat: tuple[int, ...]) -> None:
+    s = schedule(max_steps=230, patience=3)
+    assert s.decay_start == 184
+    s.observe(148, 1.0)
+    for step in flat:
+        s.observe(step, 1.1)
+    assert not s.is_done(185)
+    for step in (192, 204):
+        s.observe(step, 1.1)
+        assert not s.is_done(step)
+    s.observe(216, 1.1)
+    assert s.is_done(216)
+    assert s.flat_at is None
+
+
 def test_losses_during_the_warm_up_count_as_nothing_lost() -> None:
     s = schedule()
     s.observe(2, 1.0)
@@ -75,7 +91,7 @@ def test_a_decay_never_ends_beyond_the_last_step() -> None:
 
 def test_the_state_is_all_there_is() -> None:
     s, restored = schedule(), schedule()
-    for step, loss in ((20, 1.0), (30, 1.1), (40, 1.2)):
+    for step, loss in ((20, 1.0), (30, 1.1), (40, 1.2), (45, 1.3)):
         s.observe(step, loss)
     restored.restore(s.state())
     assert restored == s
