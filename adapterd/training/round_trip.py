@@ -107,22 +107,20 @@ def prove_round_trip(
     examples: Sequence[Example],
     trained: Sequence[torch.Tensor],
     quantization: str,
+    rank: int,
 ) -> RoundTrip:
     """Serve `directory` (whose last part is `name`) and the bare base, held as in training; compare with `trained`.
 
     Raises RoundTripFailed naming the figure, and whatever the daemon raises for what it refuses.
     """
-    longest = max(example.num_tokens for example in examples)
-    settings = EngineSettings.model_validate(
-        {
-            "base": base,
-            "adapters": (directory,),
-            "dtype": "float32" if dtype == torch.float32 else "bfloat16",
-            "device": "cuda" if device.type == "cuda" else "cpu",
-            "quantization": quantization,
-            "max_num_seqs": NUM_ROWS,
-            "max_model_len": longest + 1,
-        }
+    settings = proof_settings(
+        directory,
+        base=base,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        rank=rank,
+        longest=max(example.num_tokens for example in examples),
     )
     daemon = Daemon.build(settings)
     daemon.registry.start()
@@ -140,6 +138,34 @@ def prove_round_trip(
     return _compare(model.digest, trained, served, bare, dtype)
 
 
+def proof_settings(
+    directory: Path,
+    *,
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str,
+    rank: int,
+    longest: int,
+) -> EngineSettings:
+    """The daemon that proves the one adapter in `directory`, of this rank, on rows of `longest` tokens at most."""
+    return EngineSettings.model_validate(
+        {
+            "base": base,
+            "adapters": (directory,),
+            "dtype": "float32" if dtype == torch.float32 else "bfloat16",
+            "device": "cuda" if device.type == "cuda" else "cpu",
+            "quantization": quantization,
+            "max_num_seqs": NUM_ROWS,
+            "max_model_len": longest,
+            # Not by what is free, of which a share may be less than the adapter. The second one's room is for
+            # DoRA's magnitudes, which lie in pages of their own.
+            "max_loras": 2,
+            "max_lora_rank": rank,
+        }
+    )
+
+
 def _ask(engine: Engine, examples: Sequence[Example], mix: AdapterMix) -> list[torch.Tensor]:
     """Log probabilities of each example's labels, read as those of a prompt."""
     for number, example in enumerate(examples):
@@ -147,7 +173,7 @@ def _ask(engine: Engine, examples: Sequence[Example], mix: AdapterMix) -> list[t
             Request(
                 id=RequestId(f"proof-{number}"),
                 prompt_token_ids=(*example.prompt_ids, *example.answer_ids),
-                params=SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0),
+                params=SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0),
                 mix=mix,
                 eos_token_ids=frozenset(),
                 arrival_seconds=time.monotonic(),

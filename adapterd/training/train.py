@@ -66,7 +66,10 @@ def train(recipe: Recipe, *, stop: threading.Event | None = None) -> Path:
             shutil.rmtree(checkpoints, ignore_errors=True)  # going on from there would end there again
             raise
         metrics.enter("proving")
-        gc.collect()  # the fresh engine needs the memory that the trainer's base took
+        # The fresh engine needs the memory that the trainer's base took; what torch keeps of it for itself counts
+        # as taken.
+        gc.collect()
+        torch.cuda.empty_cache()
 
         # The proof: served as a daemon serves it, the adapter answers as it did here. Only then is it published.
         staged = directory / recipe.name
@@ -81,6 +84,7 @@ def train(recipe: Recipe, *, stop: threading.Event | None = None) -> Path:
             examples=learnt.held_back,
             trained=learnt.logprobs,
             quantization=learnt.result.quantization,
+            rank=learnt.result.rank,
         )
         _logger.info("round trip: %s", proof)
         write_result(staged, learnt.result, proof)
