@@ -13,20 +13,26 @@ _SHARE_OF_FREE_MEMORY = 0.8
 
 
 def fit_memory(network: Network, recipe: Recipe, longest: int) -> None:
-    """Compute activations again in the backward pass if they would not fit beside the base otherwise."""
+    """Compute activations again in the backward pass if they would not fit beside the base otherwise.
+
+    Of a family that cannot, only what is to be feared is said: CUDA running out of memory makes forwards smaller.
+    """
     if recipe.gradient_checkpointing != "auto" or network.checkpointed:
         return
     tokens = max(min(network.micro_batch_tokens, recipe.batch_size * longest), longest)
     needed = activation_bytes(network.model.config.get_text_config(), tokens, network.dtype.itemsize)
     free = free_bytes(network.device)
-    if needed > free * _SHARE_OF_FREE_MEMORY:
+    if needed <= free * _SHARE_OF_FREE_MEMORY:
+        return
+    found = f"activations of {tokens} tokens would take about {needed / 2**30:.1f} of the {free / 2**30:.1f} GiB free"
+    if network.may_checkpoint:
         network.checkpoint_activations()
-        _logger.info(
-            "activations of %d tokens would take about %.1f GiB of the %.1f GiB free: computed again instead"
-            " (--gradient-checkpointing off keeps them)",
-            tokens,
-            needed / 2**30,
-            free / 2**30,
+        _logger.info("%s: computed again instead (--gradient-checkpointing off keeps them)", found)
+    else:
+        _logger.warning(
+            "%s, and %s cannot compute them again: lower --micro-batch-tokens if memory runs out",
+            found,
+            type(network.model).__name__,
         )
 
 

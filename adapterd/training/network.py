@@ -33,8 +33,6 @@ from adapterd.training.stop_token import check_stop_token
 
 _logger = logging.getLogger(__name__)
 
-_SMALLEST_MICRO_BATCH = 256
-
 
 @dataclass
 class Network:
@@ -42,7 +40,8 @@ class Network:
 
     model: the base, its linears wrapped by PEFT. trainable: name -> parameter, float32. `scale` is what
     B A x is multiplied with. `packed`: rows go end to end rather than padded. `micro_batch_tokens` shrinks when
-    memory does not suffice. `start_digest` is the warm start's content.
+    memory does not suffice; before that activations are computed again, if `may_checkpoint`. `start_digest` is the
+    warm start's content.
     """
 
     model: Any
@@ -59,6 +58,7 @@ class Network:
     micro_batch_tokens: int
     quantization: str
     start_digest: str | None
+    may_checkpoint: bool
     checkpointed: bool = False
 
     @property
@@ -71,19 +71,20 @@ class Network:
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.trainable.values())
 
-    def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
-        """The examples as the forwards that they are computed in."""
-        parts = micro_batches(
+    def parts(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """The examples of each forward that they are computed in."""
+        return micro_batches(
             examples,
             max_tokens=self.micro_batch_tokens,
             vocab_size=self.spec.vocab_size,
             packed=self.packed,
         )
-        for part in parts:
-            if self.packed:
-                yield pack(part, device=self.device)
-            else:
-                yield collate(part, pad_id=self.pad_id, device=self.device)
+
+    def batch(self, part: Sequence[Example]) -> Batch:
+        """One forward."""
+        if self.packed:
+            return pack(part, device=self.device)
+        return collate(part, pad_id=self.pad_id, device=self.device)
 
     def compute(self) -> contextlib.AbstractContextManager[None]:
         """Around every forward: a 16-bit base multiplies A and B in its own type, while they stay float32."""
@@ -95,44 +96,39 @@ class Network:
         """Mean loss in nats and share of first-ranked labels; the mean's gradient is left in the parameters.
 
         One mean over all labels, however the rows are cut into forwards. If CUDA has no memory for it, the
-        forwards become smaller, for good, and the rows are computed again.
+        forwards take less, for good, and the rows are computed again. Raises InvalidRequest for a row that does not
+        fit alone.
         """
         labels = num_labels(examples)
+        part: list[Example] = []
         while True:
             loss_sum, right = 0.0, 0
             try:
-                for batch in self.batches(examples):
-                    with self.compute():
-                        loss, part_right = summed_loss(self.model, batch)
-                    (loss / labels).backward()  # type: ignore[no-untyped-call]
-                    loss_sum, right = loss_sum + loss.item(), right + part_right
+                for part in self.parts(examples):
+                    part_sum, part_right = self._add_gradient(part, labels)
+                    loss_sum, right = loss_sum + part_sum, right + part_right
                 return loss_sum / labels, right / labels
             except torch.cuda.OutOfMemoryError:
-                self._compute_less_at_once(examples)
+                pass  # while it is held, so are the forward's tensors
+            self._take_less_than(part)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> tuple[float, float]:
         """Mean loss in nats and share of first-ranked labels, over all labels of `examples`. No logits are kept."""
         loss_sum, right = 0.0, 0
-        for batch in self.batches(examples):
+        for part in self.parts(examples):
             with self.compute():
-                loss, part_right = summed_loss(self.model, batch)
+                loss, part_right = summed_loss(self.model, self.batch(part))
             loss_sum, right = loss_sum + loss.item(), right + part_right
         labels = num_labels(examples)
         return loss_sum / labels, right / labels
 
     def checkpoint_activations(self) -> None:
         """Keep each layer's input alone, and compute the rest again in the backward pass."""
-        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise ConfigError(
-                f"{type(self.model).__name__} has no gradient checkpointing; use --gradient-checkpointing off",
-                param="gradient_checkpointing",
-            )
         # transformers 5.23 has renamed the one that 5.17 has.
         enable = getattr(self.model, "activation_checkpointing_enable", None)
         (enable or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
-        for layer in layers:
+        for layer in _checkpointing_layers(self.model):
             # The layer alone is in training mode, which is when it recomputes; what is in it drops nothing out.
             layer.training = True
         self.checkpointed = True
@@ -156,24 +152,35 @@ class Network:
             return int(torch.cuda.max_memory_allocated(self.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _compute_less_at_once(self, examples: Sequence[Example]) -> None:
-        largest = max(batch.input_ids.numel() for batch in self.batches(examples))
-        if largest <= _SMALLEST_MICRO_BATCH and self.checkpointed:
-            raise InvalidRequest(
-                f"the device has no memory for {largest} tokens at once; use a smaller --max-length,"
-                " --quantization bnb-4bit or a smaller base"
-            )
+    def _add_gradient(self, part: Sequence[Example], labels: int) -> tuple[float, int]:
+        """One forward's summed loss and first-ranked labels; its share of the mean's gradient is added."""
+        with self.compute():
+            loss, right = summed_loss(self.model, self.batch(part))
+        (loss / labels).backward()  # type: ignore[no-untyped-call]
+        return loss.item(), right
+
+    def _take_less_than(self, part: Sequence[Example]) -> None:
+        """For a forward that memory did not suffice for: forget its gradient, and take less memory from here on.
+
+        Forwards become smaller each time, so this ends with single rows. Raises InvalidRequest for one of those.
+        """
         for parameter in self.trainable.values():
             parameter.grad = None
         torch.cuda.empty_cache()
-        if not self.checkpointed:
+        tokens = sum(example.num_tokens for example in part)
+        if self.may_checkpoint and not self.checkpointed:
             self.checkpoint_activations()
-            _logger.warning(
-                "out of memory at %d tokens; activations are computed again from here on", largest
-            )
-        else:
-            self.micro_batch_tokens = max(largest // 2, 1)
+            _logger.warning("out of memory at %d tokens; activations are computed again from here on", tokens)
+        elif len(part) > 1:
+            self.micro_batch_tokens = tokens // 2
             _logger.warning("out of memory; at most %d tokens at once from here on", self.micro_batch_tokens)
+        else:
+            is_told_to_keep = not self.checkpointed and _checkpointing_layers(self.model)
+            way_out = "--gradient-checkpointing auto, " if is_told_to_keep else ""
+            raise InvalidRequest(
+                f"the device has no memory for the {tokens} tokens of the row in line {part[0].line}; use {way_out}"
+                "a smaller --max-length with --on-too-long drop, --quantization bnb-4bit or a smaller base"
+            )
 
 
 def build_network(recipe: Recipe, renderer: Renderer) -> Network:
@@ -248,12 +255,23 @@ def build_network(recipe: Recipe, renderer: Renderer) -> Network:
         micro_batch_tokens=recipe.micro_batch_tokens,
         quantization=recipe.quantization,
         start_digest=None if start is None else start.id.digest,
+        may_checkpoint=recipe.gradient_checkpointing != "off" and bool(_checkpointing_layers(inner)),
     )
     if start is not None:
         copy_matrices(start, trainable)
     if recipe.gradient_checkpointing == "on":
+        if not network.may_checkpoint:
+            raise ConfigError(
+                f"{type(inner).__name__} has no gradient checkpointing; leave --gradient-checkpointing on out",
+                param="gradient_checkpointing",
+            )
         network.checkpoint_activations()
     return network
+
+
+def _checkpointing_layers(model: Any) -> list[GradientCheckpointingLayer]:
+    """Those whose activations can be computed again; a family may have none."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _compute_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from adapterd.errors import AdapterRefused
 from adapterd.model.checkpoint import read_config
 from adapterd.model.probe import probe_family
 from adapterd.render import Renderer
-from adapterd.training.batches import collate, label_logits, pack
+from adapterd.training.batches import label_logits
 from adapterd.training.data import Example
 from adapterd.training.errors import RoundTripFailed
 from adapterd.training.network import Network
@@ -87,10 +87,7 @@ def label_logprobs(network: Network, examples: Sequence[Example]) -> list[torch.
     """For each example float32 [its labels] on the CPU, as the network in training says it."""
     found = []
     for example in examples:
-        if network.packed:
-            batch = pack([example], device=network.device)
-        else:
-            batch = collate([example], pad_id=network.pad_id, device=network.device)
+        batch = network.batch([example])
         with network.compute():
             logprobs = label_logits(network.model, batch)[0].log_softmax(-1)
         found.append(logprobs.gather(-1, batch.labels[0][:, None])[:, 0].float().cpu())
