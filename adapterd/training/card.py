@@ -73,6 +73,8 @@ def eval_command(folder: str, recipe: Recipe, *, full_paths: bool) -> str:
     arguments = ["adapterd", "eval", folder]
     if recipe.base != "mini":
         arguments += ["--base", recipe.base]
+    if recipe.quantization != "none":
+        arguments += ["--quantization", recipe.quantization]  # on another base it is refused
     if recipe.heldout is None and recipe.validation is not None:
         arguments += ["--data", "HELDOUT"]
     for flag, path in (("--data", recipe.heldout), ("--train", recipe.data)):
