@@ -51,7 +51,7 @@ NO_TORCH = (
     *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
     *("engine.detokenizer", "engine.outputs"),
     *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
-    *("adapter_commands", "daemon_client"),
+    *("adapter_commands", "daemon_client", "model.base_config"),
     *("engine.checks", "engine.engine", "engine.inbox", "engine.seams"),
 )
 

@@ -14,7 +14,8 @@ from adapterd.core import BaseModules, BaseSpec
 from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.host_memory import give_back_freed
 from adapterd.model.attention import ContextFactory, register_attention
-from adapterd.model.checkpoint import DtypeName, QuantizationName, exact_context, load_weights, read_config
+from adapterd.model.base_config import exact_context, read_config
+from adapterd.model.checkpoint import DtypeName, QuantizationName, load_weights
 from adapterd.model.find import find_base
 from adapterd.model.host_layout import lay_out
 from adapterd.model.huge_pages import use_huge_pages

@@ -1,23 +1,19 @@
-"""A checkpoint as it lies in a directory: its config, the context in which it is exact, its weights.
+"""A checkpoint's weights as they lie in a directory, become a model (`base_config.py` reads its config).
 
 Refuses by name what cannot be read or would not be what the config says. Knows no seams and no adapters.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from adapterd.errors import BaseRefused
 from adapterd.model.attention import ATTENTION_NAME
-
-logger = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8", "bnb-8bit", "bnb-4bit"]
@@ -27,21 +23,6 @@ MIN_BITSANDBYTES = "0.48"
 
 _FLOAT32_BELOW_PARAMETERS = 100_000_000
 """On a CPU a model this small gains nothing from 16 bits, and float32 is exact."""
-
-
-def read_config(directory: Path, name: str) -> Any:
-    """The config of a decoder that is stored in 16 or 32 bits; anything else is BaseRefused."""
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise BaseRefused(f"base '{name}': config.json cannot be used: {error}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise BaseRefused(
-            f"base '{name}' is an encoder-decoder ({config.model_type}); only decoders are served"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise BaseRefused(f"base '{name}' is a quantised checkpoint; give the 16-bit or 32-bit one")
-    return config
 
 
 def load_weights(
@@ -115,32 +96,3 @@ def _check_complete(model: Any, report: Mapping[str, Any], name: str) -> None:
             f"base '{name}': its checkpoint holds {dropped[0]}, for which {type(model).__name__} has no place; "
             "its config.json asks for something else"
         )
-
-
-def exact_context(config: Any, max_model_len: int | None) -> int:
-    """The longest context that is exact, or the shorter one asked for.
-
-    RoPE variants that change their frequencies with the longest position of the forward (longrope, dynamic)
-    would do so for every sequence packed into it; below their switch they are plain, so that is their limit.
-    """
-    text = config.get_text_config()
-    limit = int(getattr(text, "max_position_embeddings", 0) or 0)
-    if limit <= 0:
-        raise BaseRefused(f"base of type {config.model_type} does not say max_position_embeddings")
-    rope = getattr(text, "rope_parameters", None) or {}
-    reason = ""
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in ("longrope", "dynamic"):
-            switch = parameters.get("original_max_position_embeddings") or limit
-            if int(switch) < limit:
-                limit = int(switch)
-                reason = (
-                    f" ({parameters['rope_type']} RoPE switches its frequencies there, for a whole batch)"
-                )
-    if max_model_len is None:
-        if reason:
-            logger.warning("context limited to %d tokens%s", limit, reason)
-        return limit
-    if max_model_len > limit:
-        raise BaseRefused(f"--max-model-len {max_model_len} exceeds the base's {limit} tokens{reason}")
-    return max_model_len

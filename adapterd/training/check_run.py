@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from transformers import AutoConfig
-
-from adapterd.errors import BaseRefused, InvalidRequest
+from adapterd.errors import InvalidRequest
+from adapterd.model.base_config import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.check import Report, check_rows
@@ -55,7 +54,7 @@ def run(request: CheckRequest, *, stream: TextIO, environ: Mapping[str, str]) ->
             return _dumps(mask_json(row, renderer)), True
         return mask_text(row, renderer, colour=colour), True
 
-    context = request.max_length or context_of(directory)
+    context = exact_context(read_config(directory, request.base), request.max_length, flag="--max-length")
     report = check_rows(
         request.data,
         renderer,
@@ -87,15 +86,6 @@ def run(request: CheckRequest, *, stream: TextIO, environ: Mapping[str, str]) ->
         if fixed.num_kept:
             text += "\n\n" + as_text(last, colour=colour)
     return text, is_usable
-
-
-def context_of(directory: Path) -> int:
-    """The longest row that a base takes. Raises BaseRefused if its config.json does not say."""
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        return int(config.get_text_config().max_position_embeddings)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BaseRefused(f"{directory}: config.json names no context: {error}; give --max-length") from error
 
 
 def _row_at(line: int, path: Path, rows: Sequence[Row]) -> Row:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapterd.model.checkpoint import exact_context, read_config
+from adapterd.model.base_config import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import epoch_batches
@@ -76,7 +76,7 @@ def estimate(request: EstimateRequest) -> Estimate:
     began = time.perf_counter()
     base = find_base(request.base)
     renderer = Renderer.load(base)
-    context = exact_context(read_config(base, request.base), request.max_length)
+    context = exact_context(read_config(base, request.base), request.max_length, flag="--max-length")
     dataset = read_dataset(request, renderer, max_length=context)
     reading_seconds = time.perf_counter() - began
 

@@ -21,7 +21,8 @@ from adapterd.core import BaseSpec
 from adapterd.errors import BaseRefused, ConfigError, InvalidRequest
 from adapterd.model.attention import ATTENTION_NAME, register_attention
 from adapterd.model.base import choose_device
-from adapterd.model.checkpoint import exact_context, load_weights, read_config
+from adapterd.model.base_config import exact_context, read_config
+from adapterd.model.checkpoint import load_weights
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import Batch, collate, micro_batches, num_labels, pack, summed_loss

@@ -20,7 +20,7 @@ from adapterd.core import AdapterMix, Output, Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
 from adapterd.engine.engine import Engine
 from adapterd.errors import AdapterRefused
-from adapterd.model.checkpoint import read_config
+from adapterd.model.base_config import read_config
 from adapterd.model.probe import probe_family
 from adapterd.render import Renderer
 from adapterd.training.batches import label_logits

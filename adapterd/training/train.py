@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from adapterd.model.checkpoint import exact_context, read_config
+from adapterd.model.base_config import exact_context, read_config
 from adapterd.model.find import find_base
 from adapterd.render import Renderer
 from adapterd.training.batches import epoch_batches
@@ -111,7 +111,7 @@ def _learn(
     # Rows to tokens: every problem is found before the base is loaded.
     base = find_base(recipe.base)
     renderer = Renderer.load(base)
-    context = exact_context(read_config(base, recipe.base), recipe.max_length)
+    context = exact_context(read_config(base, recipe.base), recipe.max_length, flag="--max-length")
     dataset = read_dataset(recipe, renderer, max_length=context)
 
     # The frozen base with A and B beside its linears; whether it could be served is asked before it is trained.
