@@ -92,6 +92,14 @@ class Renderer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The base's; of several named ones the default."""
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        return str(template) if template else None
+
     @cached_property
     def template_sha256(self) -> str:
         """What tells one chat template from another; of no template, that of the empty text."""

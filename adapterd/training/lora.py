@@ -1,5 +1,6 @@
 """What is put beside the base's linears: PEFT's configuration, and the matrices to begin with."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +10,13 @@ from peft import LoraConfig
 
 from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import BaseSpec
+from adapterd.deltas import field_that_cannot_be_added
 from adapterd.errors import InvalidRequest
 from adapterd.render import Renderer
 from adapterd.training.recipe import Recipe
 from adapterd.training.rules import ALPHA_PER_RANK, DEFAULT_RANK
+
+_logger = logging.getLogger(__name__)
 
 
 def linears_of(model: Any) -> dict[str, tuple[int, int]]:
@@ -26,7 +30,11 @@ def linears_of(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def read_warm_start(recipe: Recipe, spec: BaseSpec, renderer: Renderer, fingerprint: str) -> Adapter | None:
-    """The adapter to go on from, read as serving reads it: of this base, whole, and finite."""
+    """The adapter to go on from, read as serving reads it: of this base, whole, and finite.
+
+    Raises InvalidRequest if it is more than A and B of one rank and scale, or asks and stops as the base does not:
+    rows become tokens as the base's template says, and all else would be lost without a word.
+    """
     if recipe.warm_start is None:
         return None
     adapter = read_adapter(
@@ -36,15 +44,42 @@ def read_warm_start(recipe: Recipe, spec: BaseSpec, renderer: Renderer, fingerpr
         tokenizer=renderer.identity,
         base_fingerprint=fingerprint,
     )
-    ranks = {matrices.rank for matrices in adapter.modules}
-    scales = {matrices.scale for matrices in adapter.modules}
-    if len(ranks) > 1 or len(scales) > 1:
-        raise InvalidRequest(
-            f"--warm-start {recipe.warm_start}: its linears have ranks {sorted(ranks)} and scales"
-            f" {sorted(scales)}; only an adapter with one rank and one scale can be trained on",
-            param="warm_start",
+    problem = _why_not(adapter, spec, renderer)
+    if problem is not None:
+        raise InvalidRequest(f"--warm-start {recipe.warm_start}: {problem}", param="warm_start")
+    if adapter.generation_defaults:
+        _logger.warning(
+            "--warm-start %s: its generation defaults (%s) are not carried over",
+            recipe.warm_start,
+            ", ".join(adapter.generation_defaults),
         )
     return adapter
+
+
+def _why_not(start: Adapter, spec: BaseSpec, renderer: Renderer) -> str | None:
+    """Why an adapter cannot be trained on; None if it can."""
+    if start.edits:
+        more = sorted({field_that_cannot_be_added(edit) or edit.module for edit in start.edits})
+        return f"it changes more than its linears' A and B ({', '.join(more)}), which training would not keep"
+    if start.chat_template not in (None, renderer.chat_template):
+        return (
+            "it brings a chat template other than the base's, and rows are rendered with the base's. If that is what"
+            " you want, remove its chat_template.jinja, or the key in its tokenizer_config.json"
+        )
+    if start.eos_token_ids is not None:
+        return (
+            f"it ends on tokens {sorted(start.eos_token_ids)}, and rows are trained to end as the base does, on"
+            f" {sorted(spec.eos_token_ids)}. If that is what you want, remove eos_token_id from its"
+            " generation_config.json and eos_token from its tokenizer_config.json"
+        )
+    ranks = {matrices.rank for matrices in start.modules}
+    scales = {matrices.scale for matrices in start.modules}
+    if len(ranks) > 1 or len(scales) > 1:
+        return (
+            f"its linears have ranks {sorted(ranks)} and scales {sorted(scales)}; only an adapter with one rank and"
+            " one scale can be trained on"
+        )
+    return None
 
 
 def lora_config(recipe: Recipe, spec: BaseSpec, start: Adapter | None) -> tuple[LoraConfig, float]:

@@ -1,12 +1,14 @@
 """Other adapters than the usual one: their targets, kinds and types."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save
 from transformers import LlamaForCausalLM
 
 from adapterd.adapter import read_adapter
@@ -70,6 +72,39 @@ def test_warm_start_goes_on_from_an_adapter(told: TrainSettings, caplog: pytest.
         train(but(more, rank=8))
     with pytest.raises(InvalidRequest, match="target_modules cannot be changed"):
         train(but(more, target_modules=("q_proj",)))
+
+
+def test_a_start_that_is_more_than_a_and_b_is_refused_not_cut(
+    told: TrainSettings, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = train(but(told, epochs=0.4))
+
+    def go_on(kind: str, files: dict[str, str | bytes]) -> Path:
+        start = shutil.copytree(first, tmp_path / kind)
+        (start / SEAL_FILE).unlink()
+        for name, content in files.items():
+            (start / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return train(but(told, name="more", warm_start=start, rank=None, epochs=0.4))
+
+    with pytest.raises(InvalidRequest, match=r"template: it brings a chat template other than the base's"):
+        go_on("template", {"chat_template.jinja": "{{ messages }}"})
+    with pytest.raises(InvalidRequest, match=r"it ends on tokens \[0, 2\], and rows .* does, on \[2\]"):
+        go_on("end", {"tokenizer_config.json": '{"eos_token": "<|endoftext|>"}'})
+    config = json.loads((first / CONFIG_FILE).read_text()) | {"lora_bias": True}
+    matrices = load_file(first / WEIGHTS_FILE)
+    biases = {
+        name.replace(".weight", ".bias"): torch.ones(len(tensor))
+        for name, tensor in matrices.items()
+        if ".lora_B." in name
+    }
+    with pytest.raises(InvalidRequest, match=r"more than its linears' A and B \(lora_bias\)"):
+        go_on("bias", {CONFIG_FILE: json.dumps(config), WEIGHTS_FILE: save(matrices | biases)})
+
+    template = Renderer.load(base).chat_template
+    assert template is not None
+    sampling = '{"do_sample": true, "temperature": 0.6}'
+    go_on("alike", {"chat_template.jinja": template, "generation_config.json": sampling})
+    assert "its generation defaults (temperature) are not carried over" in caplog.text
 
 
 @pytest.mark.parametrize(
