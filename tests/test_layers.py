@@ -51,8 +51,9 @@ NO_TORCH = (
     *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
     *("engine.detokenizer", "engine.outputs"),
     *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
-    *("adapter_commands", "daemon_client", "model.base_config"),
+    *("adapter_commands", "daemon_client"),
     *("engine.checks", "engine.engine", "engine.inbox", "engine.seams"),
+    "model.base_config",
 )
 
 

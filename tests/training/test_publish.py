@@ -15,7 +15,7 @@ from adapterd.daemon import Daemon
 from adapterd.errors import InvalidRequest
 from adapterd.evaluation.report import CARD_BEGIN, CARD_END
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from adapterd.training.card import CARD_FILE, eval_command
+from adapterd.training.card import CARD_FILE
 from adapterd.training.curve import CURVE_FILE
 from adapterd.training.data import read_rows
 from adapterd.training.errors import RoundTripFailed
@@ -65,13 +65,6 @@ def test_what_training_says_to_measure_with_measures_the_rows_that_it_held_back(
     assert report["num_rows"] == seal["num_validation_rows"]
     assert any("held back from training" in note for note in report["notes"])
     assert "held-out rows of `tickets.csv`" in (directory / CARD_FILE).read_text()
-
-
-def test_an_adapter_of_a_4_bit_base_is_measured_on_one(told: TrainSettings) -> None:
-    """On another it is refused."""
-    words = shlex.split(eval_command("FOLDER", but(told, quantization="bnb-4bit"), full_paths=False))
-    assert words[words.index("--quantization") + 1] == "bnb-4bit"
-    assert "--quantization" not in eval_command("FOLDER", told, full_paths=False)
 
 
 def test_folder_of_the_result(told: TrainSettings, tmp_path: Path) -> None:
