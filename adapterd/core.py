@@ -241,6 +241,8 @@ class BaseModules:
     token, with the axis of their input that counts tokens: of these, and of no others, some tokens of a batch may
     run with other weights. `is_tied`: embedding and head share one weight. `experts` are the mixtures held in
     three-dimensional parameters, path -> whether each expert's matrix is [d_in, d_out] (else [d_out, d_in]).
+    `transposed` are the linears that keep their weight as [d_in, d_out] (GPT-2's Conv1D), which the shape of a square
+    one does not show.
     """
 
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -249,6 +251,7 @@ class BaseModules:
     head: str | None = None
     is_tied: bool = False
     experts: Mapping[str, bool] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ class _Maker:
                 b.view(d_out, -1, num_experts).permute(2, 0, 1).contiguous(),
                 scale,
             )
-        if self._spec.lora_targets.get(path) == self._spec.modules.parameters[full_name]:
+        is_linear = self._spec.lora_targets.get(path) == self._spec.modules.parameters[full_name]
+        # PEFT adds B A to the weight as it is stored: to a transposed one that is no LoRA on the linear.
+        if is_linear and path not in self._spec.modules.transposed:
             self.sources[path] = source
             return LoraMatrices(path, a, b, scale)
         weight = self._base(full_name)
@@ -248,8 +250,8 @@ class _Maker:
         """magnitude / ||W + scale * B A|| by row of W. Source: DoRA, arXiv 2402.09353, section 4.3."""
         matrices = self.linear(path)
         weight = self._base(f"{path}.weight")
-        if tuple(weight.shape) != (matrices.b.shape[0], matrices.a.shape[1]):
-            weight = weight.T  # GPT-2's Conv1D keeps [d_in, d_out]
+        if path in self._spec.modules.transposed:
+            weight = weight.T
         return self._magnitude(path) / _row_norms(weight, matrices.a, matrices.b, matrices.scale)
 
     def _dora_embedding_factor(self, path: str) -> torch.Tensor:

@@ -174,7 +174,7 @@ def _without_edits(modules: BaseModules, family: str) -> BaseModules:
         " adapters that change them are refused",
         family,
     )
-    return BaseModules(parameters=modules.parameters, is_tied=modules.is_tied)
+    return BaseModules(parameters=modules.parameters, is_tied=modules.is_tied, transposed=modules.transposed)
 
 
 def _default_name(name_or_dir: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapterd.core import BaseModules
 from adapterd.model.experts import is_adaptable
@@ -47,6 +48,7 @@ def find_modules(model: Any, run: Callable[[int], None]) -> BaseModules:
             for path in input_axes
             if is_adaptable(named[path]) and input_axes[path] == 0
         },
+        transposed=frozenset(path for path, module in named.items() if isinstance(module, Conv1D)),
     )
 
 

@@ -75,7 +75,11 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt2": {
         "linears kept transposed": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         "biases": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"},
-        "dora": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+        "dora": {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
+        "parameters kept transposed": {
+            "target_modules": [],
+            "target_parameters": ["attn.c_proj.weight", "c_fc.weight"],
+        },
         "both embeddings": {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True},
     },
     "gemma3": {
