@@ -307,7 +307,7 @@ def _digest(deltas: Deltas, tensors: Mapping[str, torch.Tensor], sidecars: Sidec
 
 
 def _shape_of(edit: Edit) -> list[object]:
-    """What of an edit is no tensor."""
+    """What of an edit is no tensor. What it does not have (None) is left out, so that new fields change no digest."""
     return [
         type(edit).__name__,
         *(value for value in vars(edit).values() if isinstance(value, str | float | tuple)),

@@ -78,11 +78,15 @@ class OutputAffine:
 
 @dataclass(frozen=True)
 class ReplacedParameters:
-    """The module computes with these tensors in place of its own. `tensors`: parameter name -> values."""
+    """The module computes with these tensors in place of its own. `tensors`: parameter name -> values.
+
+    `scale` is that of the factors that were merged into them beside the base's weights; None where the file has them.
+    """
 
     module: str
     field: str
     tensors: Mapping[str, torch.Tensor]
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class _Maker:
             return LoraMatrices(path, a, b, scale)
         weight = self._base(full_name)
         merged = weight.float().cpu() + scale * (b.float() @ a.float())
-        return ReplacedParameters(path, "target_parameters", {name: merged.to(weight.dtype)})
+        return ReplacedParameters(path, "target_parameters", {name: merged.to(weight.dtype)}, scale)
 
     def check_base_copies(self) -> None:
         """PEFT saves the base's own embedding beside adapters of it. It must still be the base's."""

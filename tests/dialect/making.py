@@ -111,6 +111,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3-moe": {
         "experts": {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
         "saved routers": {"target_modules": ["o_proj"], "modules_to_save": ["mlp.gate"]},
+        "routers' parameters": {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
     },
     "gpt-oss": {
         "experts": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},

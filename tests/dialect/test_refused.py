@@ -191,3 +191,16 @@ def test_the_digest_covers_every_tensor(config: dict[str, Any], base: Base, tmp_
         with_tensors(tmp_path, lambda tensors, name=name: tensors[name].view(-1)[0].add_(0.25))  # type: ignore[misc]
         digests.add(read(base, tmp_path).id.digest)
     assert len(digests) == len(names) + 1
+
+
+def test_the_digest_covers_the_scale_of_factors_that_are_merged(tmp_path: Path) -> None:
+    """Regression: a router's factors count by the file's tensors, and the scale they are merged at was in no place."""
+    save_base("qwen3-moe", tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), dtype="float32", device="cpu", kernels="torch")
+    directory = tmp_path / "adapter"
+    save_peft(base.directory, directory, seed=1, target_modules=[], target_parameters=["mlp.gate.weight"])
+    digests = {read(base, directory).id.digest}
+    for change in ({"lora_alpha": 16}, {"use_rslora": True}, {"alpha_pattern": {"gate.weight": 3}}):
+        edited(directory, **change)
+        digests.add(read(base, directory).id.digest)
+    assert len(digests) == 4
