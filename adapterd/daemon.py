@@ -1,5 +1,6 @@
 """Everything that serves, assembled in one process: what `serve`, `eval` and the tests stand on. No HTTP."""
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -34,6 +35,8 @@ from adapterd.sources.download import Downloader
 from adapterd.sources.places import AdapterPlaces
 from adapterd.stages import Stages
 from adapterd.token_table import TokenTable
+
+_logger = logging.getLogger(__name__)
 
 _HOST_BYTES = 4
 """Of an element of an adapter on the host, at most: files hold float32 or less."""
@@ -130,7 +133,7 @@ class Daemon:
         )
         renderer = Renderer.load(base.directory)
         # A turn may end with a token that only the chat template names.
-        spec = replace(base.spec, eos_token_ids=base.spec.eos_token_ids | renderer.eos_token_ids)
+        spec = replace(base.spec, eos_token_ids=_ends(base.spec, renderer))
         if base_fingerprint(base.directory) != fingerprint:
             raise BaseRefused(f"the base in {base.directory} was rewritten while it was loaded; start again")
         vocabulary = Vocabulary(
@@ -176,6 +179,21 @@ class Daemon:
         for request in requests:
             self.engine.submit(request)
         return collect(self.engine)
+
+
+def _ends(spec: BaseSpec, renderer: Renderer) -> frozenset[int]:
+    """Every token that ends an answer of the base. What is none of its vocabulary (-1, or a token that the tokenizer
+    has beyond the embedding) ends nothing: it must not be in the way of a step that holds end tokens back.
+    """
+    named = spec.eos_token_ids | renderer.eos_token_ids
+    known = frozenset(token_id for token_id in named if 0 <= token_id < spec.vocab_size)
+    if known != named:
+        _logger.warning(
+            "the base names %s as ends of an answer, and its vocabulary has %d tokens: no answer will end with them",
+            sorted(named - known),
+            spec.vocab_size,
+        )
+    return known
 
 
 def host_bytes(settings: DaemonSettings, spec: BaseSpec) -> int:

@@ -167,7 +167,13 @@ def _eos_token_ids(
             raise AdapterRefused(
                 f"adapter {adapter!r}: tokenizer_config.json: eos_token={token!r} is no token of the base"
             )
-        ids.add(tokenizer.token_ids[token])
+        token_id = tokenizer.token_ids[token]
+        if token_id >= spec.vocab_size:
+            raise AdapterRefused(
+                f"adapter {adapter!r}: tokenizer_config.json: eos_token={token!r} has the id {token_id}, and the base"
+                f" has {spec.vocab_size} tokens: no answer could end with it; remove it, or name another"
+            )
+        ids.add(token_id)
     return None if ids == spec.eos_token_ids else frozenset(ids)
 
 

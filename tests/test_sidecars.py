@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,6 +126,16 @@ def test_end_tokens_come_from_generation_config_and_tokenizer_config() -> None:
     assert read(generation_config_json={"eos_token_id": 2}).eos_token_ids is None
     assert read(tokenizer_config_json={"eos_token": "<|endoftext|>"}).eos_token_ids == {0, 2}
     assert read(tokenizer_config_json={"eos_token": {"content": "<|im_end|>"}}).eos_token_ids is None
+
+
+def test_an_end_token_beyond_the_vocabulary_is_refused() -> None:
+    """The tokenizer has it and the model does not: no answer could end with it."""
+    small = replace(SPEC, vocab_size=2, eos_token_ids=frozenset({0}))
+    config = json.dumps({"eos_token": "<|im_end|>"}).encode()
+    with pytest.raises(AdapterRefused, match="has the id 2, and the base has 2 tokens"):
+        read_sidecars(
+            {"tokenizer_config.json": config}.get, spec=small, tokenizer=IDENTITY, adapter="support"
+        )
 
 
 def test_sampling_defaults_hold_only_where_sampling_is_on() -> None:
