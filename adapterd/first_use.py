@@ -121,7 +121,7 @@ class FirstUse:
                 return self._load(name, source)
             except SourceMissing:
                 continue
-            except AdapterRefused:
+            except (AdapterRefused, ModelNotFound):
                 raise
             except AdapterdError as error:
                 raise Unavailable(f"the adapter {name!r} could not be fetched: {error.message}") from error

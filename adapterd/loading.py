@@ -102,13 +102,18 @@ class Loader:
             self._changes.publish(replace(now, signature=files.signature), adapter, source=files.source)
 
     def load_first(self, name: str, source: Source) -> Adapter:
-        """Make a name that means nothing mean `source`, for a request that asks for it."""
+        """Make a name that means nothing mean `source`, for a request that asks for it.
+
+        Raises ModelNotFound, reading nothing, for the name of a watched folder that was unloaded: it stays out.
+        """
         if name == BASE_ALIAS:
             raise ModelNotFound(f"{name!r} is the base's own name")
+        _refuse_unloaded(self._catalog.record(name))
         files = self._reader.obtain(source, hashes_from(None))
         with self._changes.of(name) as record:
+            _refuse_unloaded(record)
             adapter = self._reader.read_files(name, files)
-            if record.state == "ABSENT" and record.owner in (None, "resolver"):
+            if record.state == "ABSENT":
                 record = replace(located(record, files, source), owner="resolver")
                 self._changes.publish(record, adapter, source=files.source)
         return adapter
@@ -134,6 +139,14 @@ class Loader:
         """The files that a name's source holds now."""
         source, _ = parse_source(record.source or str(record.path))
         return self._reader.obtain(source, hashes_from(record.sha256))
+
+
+def _refuse_unloaded(record: NameRecord) -> None:
+    if record.state == "ABSENT" and record.owner not in (None, "resolver"):
+        raise ModelNotFound(
+            f"the adapter {record.name!r} was unloaded; it is served again once its folder changes",
+            param="model",
+        )
 
 
 def is_stale(record: NameRecord) -> bool:

@@ -165,11 +165,11 @@ def test_what_can_be_no_pattern_is_refused(pattern: str) -> None:
 def make(tmp_path: Path) -> Iterator[Callable[..., AdapterRegistry]]:
     made: list[AdapterRegistry] = []
 
-    def call(endpoint: str) -> AdapterRegistry:
+    def call(endpoint: str, *directories: Path) -> AdapterRegistry:
         allow = AllowList(allowed_by(["hf://acme/*"]))
         downloader = Downloader(allow, places={"hf": lambda: Hub(endpoint)})
         cache = SourceCache(tmp_path / "cache", downloader)
-        places = AdapterPlaces(allow=allow, cache=cache, resolve=["hf://acme/*"])
+        places = AdapterPlaces(directories, allow=allow, cache=cache, resolve=["hf://acme/*"])
         registry = AdapterRegistry(AdaptedBase(SPEC, NO_TOKENIZER), places)
         made.append(registry)
         registry.start()
@@ -198,3 +198,19 @@ def test_an_adapter_of_the_hub_is_served_at_its_first_request(
         assert len([path for path in hub.paths if "nobody" in path]) == 1
         with pytest.raises(ModelNotFound):
             registry.resolve_waiting("mini:../etc", 5)
+
+
+def test_a_folder_that_was_unloaded_is_not_looked_for(
+    tmp_path: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    """Regression: it was fetched and read again and again, and kept from the name, until the request gave up."""
+    write(tmp_path / "adapters" / "support", 3.0)
+    with hub_server("acme/support", files(write(tmp_path / "support", 5.0))) as hub:
+        registry = make(hub.url, tmp_path / "adapters")
+        assert registry.wait_loaded(10)
+        registry.unload("support")
+        for _ in range(2):
+            with pytest.raises(ModelNotFound):
+                registry.resolve_waiting("mini:support", 5)
+        assert hub.paths == []
+        assert registry.stats().num_reads == 1
