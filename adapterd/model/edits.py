@@ -113,20 +113,21 @@ class _Affine:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the embedding, or columns of what the head gives."""
+    """Rows of the embedding, or columns of what the head gives. token_ids: a row of one number for each."""
 
-    token_ids: torch.Tensor
+    token_ids: PagedRows
     rows: PagedRows
 
     def apply(self, call: Call) -> None:
         y = call.flat_output()
+        token_ids = self.token_ids.whole().view(-1)
         if isinstance(call.module, nn.Embedding):
             ids = call.input().reshape(-1)
-            hit, place = (ids[:, None] == self.token_ids).nonzero(as_tuple=True)
+            hit, place = (ids[:, None] == token_ids).nonzero(as_tuple=True)
             y[hit] = _embedded(call.module, self.rows.whole()[place])
         else:
             x = call.flat_input()
-            y[:, self.token_ids] = x @ self.rows.whole().T
+            y[:, token_ids] = x @ self.rows.whole().T
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ def _stored(edit: Edit, itemsize: int) -> list[torch.Tensor]:
         case ReplacedParameters():
             return [_as_rows(tensor) for tensor in edit.tensors.values()]
         case ReplacedRows():
-            # Token ids are kept as whole numbers, in as many elements as their bytes take.
-            ids = torch.empty(len(edit.token_ids) * 8 // itemsize, 1, device="meta")
+            # Token ids are kept as whole numbers, each in a row of as many elements as its bytes take: pages that do
+            # not adjoin cut between rows.
+            ids = torch.empty(len(edit.token_ids), 8 // itemsize, device="meta")
             return [ids, edit.rows]
 
 

@@ -137,11 +137,16 @@ class PageWriter:
                 row += rows
             yield PagedRows(tuple(pieces))
 
-    def as_integers(self, room: PagedRows, values: Sequence[int]) -> torch.Tensor:
-        """int64 values in room that was written without any."""
-        integers = room.pieces[0].view(-1).view(torch.int64)
-        self._copy(integers[:, None], torch.tensor(values)[:, None])
-        return integers
+    def as_integers(self, room: PagedRows, values: Sequence[int]) -> PagedRows:
+        """int64 values [len(values), 1] in room that was written without any, each in a row of 8 bytes."""
+        column = torch.tensor(values)[:, None]
+        pieces, row = [], 0
+        for piece in room.pieces:
+            integers = piece.view(torch.int64)
+            self._copy(integers, column[row : row + len(piece)])
+            pieces.append(integers)
+            row += len(piece)
+        return PagedRows(tuple(pieces))
 
     def _spans(self, pages: Sequence[int], num_rows: int, width: int) -> list[tuple[int, int]]:
         """(first element, number of rows) of each run of pages that lie side by side."""
