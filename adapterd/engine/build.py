@@ -114,7 +114,11 @@ def build_engine(
         adapter_page_bytes=runner.bank.page_bytes,
         pages_of=runner.adapter_pages,
     )
-    limits = SchedulerLimits(settings.max_num_batched_tokens, settings.max_num_seqs)
+    limits = SchedulerLimits(
+        settings.max_num_batched_tokens,
+        settings.max_num_seqs,
+        max_num_scored_tokens=runner.max_num_scored_tokens,
+    )
     engine = Engine(
         runner, in_use, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue, events=events
     )

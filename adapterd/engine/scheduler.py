@@ -15,12 +15,14 @@ from adapterd.core import AdapterId, Batch, RequestId, ScheduledSequence, Sequen
 from adapterd.engine.blocks import BlockPool, hash_blocks
 from adapterd.engine.residency import Residency
 from adapterd.engine.slots import AdapterSlots
+from adapterd.engine.step_room import StepRoom
 from adapterd.engine.waiting import Line, WaitingLines
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_num_batched_tokens: in one step; max_num_seqs: running at once.
+    """max_num_batched_tokens: in one step; max_num_seqs: running at once. max_num_scored_tokens: those of a step whose
+    prompts' own log probabilities are asked for, which take a row of logits each; None for no limit of their own.
 
     max_adapter_wait_seconds: a sequence whose adapter finds no memory is passed by for so long; then the adapters that
     will soonest be done take no new sequences until there is room for it. max_adapter_drain_seconds: after so long
@@ -31,6 +33,7 @@ class SchedulerLimits:
     max_num_seqs: int
     max_adapter_wait_seconds: float = 1.0
     max_adapter_drain_seconds: float = 10.0
+    max_num_scored_tokens: int | None = None
 
 
 class _ResultsNeeded(Exception):
@@ -73,13 +76,17 @@ class Scheduler:
         None: that depends on what steps in flight come to. Once `update` has been told of them all, ask again.
         """
         chosen: dict[int, ScheduledSequence] = {}
+        limits = self._limits
+        room = StepRoom(
+            limits.max_num_batched_tokens, limits.max_num_scored_tokens or limits.max_num_batched_tokens
+        )
         try:
             self._plan_adapters()
-            budget = self._schedule_running(chosen, self._limits.max_num_batched_tokens)
+            self._schedule_running(chosen, room)
         except _ResultsNeeded:
             # What has been done by now, blocks taken or sequences set back, the next call would do as well.
             return None
-        self._admit(chosen, budget)
+        self._admit(chosen, room)
         evictions, uploads = self._slots.take_moves()
         # Neighbours of one mix become one segment; the base's empty mix sorts first.
         scheduled = sorted(chosen.values(), key=lambda item: item.sequence.mix)
@@ -135,26 +142,29 @@ class Scheduler:
             self._finish(sequence)
         return found
 
-    def _schedule_running(self, chosen: dict[int, ScheduledSequence], budget: int) -> int:
+    def _schedule_running(self, chosen: dict[int, ScheduledSequence], room: StepRoom) -> None:
         # Answers under way come before prompts: one token each never waits behind somebody's long chunk.
         for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed_tokens > 1):
-            if sequence.state is not SequenceState.RUNNING or budget == 0:
+            if sequence.state is not SequenceState.RUNNING or room.num_tokens == 0:
                 continue
             if sequence.num_pending and not self._goes_on(sequence):
                 continue
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            count = room.fit(sequence)
+            if count == 0:
+                continue
             while not self._grow(sequence, sequence.num_computed_tokens + count):
                 victim = self.running[-1]
                 returned = chosen.pop(id(victim), None)
-                budget += returned.num_tokens if returned else 0
+                if returned is not None:
+                    room.give_back(returned)
                 self._preempt(victim)
                 self.waiting.append_first(victim)
                 if victim is sequence:
                     break
             else:
-                chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
-                budget -= count
-        return budget
+                item = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+                chosen[id(sequence)] = item
+                room.take(item)
 
     def _goes_on(self, sequence: Sequence) -> bool:
         """Whether a sequence with a pending token computes that one too: not if it is known to be the last."""
@@ -175,17 +185,21 @@ class Scheduler:
             self._preempt(sequence)
             self.waiting.append(sequence)
 
-    def _admit(self, chosen: dict[int, ScheduledSequence], budget: int) -> None:
+    def _admit(self, chosen: dict[int, ScheduledSequence], room: StepRoom) -> None:
         """Sequences whose adapters are in memory start in the order in which they came, and pass the others by."""
         lines = self.waiting.lines()
-        if not lines or budget == 0 or len(self.running) >= self._limits.max_num_seqs:
+        if not lines or room.num_tokens == 0 or len(self.running) >= self._limits.max_num_seqs:
             return
         ready = [(line.place, line) for line in lines if self.residency.may_start(line.mix)]
         heapq.heapify(ready)
         last: int | None = None
-        while ready and budget > 0 and len(self.running) < self._limits.max_num_seqs:
+        while ready and room.num_tokens > 0 and len(self.running) < self._limits.max_num_seqs:
             place, line = ready[0]
             sequence = line.first
+            if room.fit(sequence) == 0:
+                # No rows of logits are left for its prompt: its line waits for the next step.
+                heapq.heappop(ready)
+                continue
             cached = self._cached_prefix(sequence)
             needed = -(-sequence.num_tokens // self._blocks.block_size) - len(cached)
             if needed > self._blocks.num_free - self._blocks.num_free_among(cached):
@@ -197,10 +211,10 @@ class Scheduler:
                 heapq.heapreplace(ready, (line.place, line))
             else:
                 heapq.heappop(ready)
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            chosen[id(sequence)] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
-            budget -= count
-        has_room = not ready and budget > 0 and len(self.running) < self._limits.max_num_seqs
+            item = ScheduledSequence(sequence, sequence.num_computed_tokens, room.fit(sequence))
+            chosen[id(sequence)] = item
+            room.take(item)
+        has_room = not ready and room.num_tokens > 0 and len(self.running) < self._limits.max_num_seqs
         self._note_passed_by(lines, last, everyone=has_room)
 
     def _note_passed_by(self, lines: list[Line], last: int | None, *, everyone: bool) -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SCORED_LOGITS_BYTES = 128 << 20
+"""Of the logits of a step's prompts whose own log probabilities are asked for: little beside what a GPU leaves free."""
+
 
 @dataclass(frozen=True)
 class _Wanted:
@@ -87,6 +90,12 @@ class Runner:
     def num_steps_with_edits(self) -> int:
         """Steps that ran without graphs and fast layers, for adapters that change more than linears."""
         return self._num_steps_with_edits
+
+    @property
+    def max_num_scored_tokens(self) -> int:
+        """Rows of logits that a step may hold for prompts' own log probabilities."""
+        row_bytes = self._base.spec.vocab_size * self._base.dtype.itemsize
+        return max(_SCORED_LOGITS_BYTES // row_bytes, 1)
 
     def adapter_pages(self, adapter_id: AdapterId) -> int:
         """Pages of adapter memory that a leased version takes."""

@@ -23,6 +23,9 @@ _GREEDY_BELOW = 1e-5
 
 _PIECE = 512
 
+_SCORED_BYTES = 32 << 20
+"""Of logits in float32 whose log probabilities are taken at a time: that takes some three times as much."""
+
 
 @dataclass(frozen=True)
 class SamplerRow:
@@ -111,13 +114,28 @@ class RowLogprobs:
 def start_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_top: Seq[int], readback: Readback
 ) -> RowLogprobs:
-    """logits: [num_rows, vocab_size], token_ids: int64 [num_rows], num_top: alternatives to tell of, by row."""
+    """logits: [num_rows, vocab_size], token_ids: int64 [num_rows], num_top: alternatives to tell of, by row.
+
+    A few rows at a time: a prompt has as many as a step has tokens.
+    """
+    vocab_size = logits.shape[-1]
+    num_rows = max(_SCORED_BYTES // (4 * vocab_size), 1)
+    num_columns = min(max(num_top), vocab_size)
+    parts = [
+        _score(some, ids, num_columns)
+        for some, ids in zip(logits.split(num_rows), token_ids.split(num_rows), strict=True)
+    ]
+    found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+    return RowLogprobs(tuple(readback.begin(tensor) for tensor in (token_ids, *found)), num_top)
+
+
+def _score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> tuple[torch.Tensor, ...]:
+    """What `RowLogprobs.columns` has beside the token ids. Of each row by itself."""
     log_probs = logits.float().log_softmax(-1)
     own = log_probs.gather(-1, token_ids[:, None])
     ranks = (log_probs > own).sum(-1) + 1
-    top_values, top_ids = log_probs.topk(min(max(num_top), log_probs.shape[-1]), dim=-1)
-    found = (token_ids, own[:, 0], ranks, top_ids, top_values)
-    return RowLogprobs(tuple(readback.begin(tensor) for tensor in found), num_top)
+    top_values, top_ids = log_probs.topk(num_top, dim=-1)
+    return own[:, 0], ranks, top_ids, top_values
 
 
 class _Changes:

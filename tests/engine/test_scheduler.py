@@ -128,6 +128,19 @@ def test_long_prompt_is_computed_in_chunks_and_sampled_at_its_end() -> None:
     assert sequence.num_computed_tokens == 40
 
 
+def test_prompts_that_are_scored_are_cut_to_what_a_step_may_score() -> None:
+    """Regression: a whole chunk's logits could take more memory than there was."""
+    bench = Bench(limits=SchedulerLimits(16, 4, max_num_scored_tokens=5))
+    bench.add(12, scored=True)
+    bench.add(6)
+    bench.add(4, scored=True)
+    assert counts(bench.turn()) == {"request-0": 5, "request-1": 6}
+    assert counts(bench.turn()) == {"request-0": 5, "request-1": 1}
+    # The last token of a prompt predicts none of it, and so is not counted.
+    assert counts(bench.turn()) == {"request-0": 2, "request-1": 1, "request-2": 4}
+    bench.run_dry()
+
+
 def test_answers_under_way_never_wait_behind_a_long_chunk() -> None:
     bench = Bench(num_blocks=128, limits=SchedulerLimits(16, 4))
     short = bench.add(3, num_answer_tokens=30)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterd.core import RequestId, SamplingParams, TokenLogprobs
 from adapterd.model.kv import kv_block_bytes
-from tests.exactness.families import Reference, linear_names, save_adapter, save_model
+from tests.exactness.families import COMMON, Reference, linear_names, save_adapter, save_model
+from tests.largest_tensor import LargestTensor
 from tests.offline import Offline, OfflineSettings
 
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=2)
@@ -178,3 +180,24 @@ def test_composed_adapters_add_up_as_their_weights_do(directories: dict[str | No
     log_probs = merged.logits(PROMPTS["b"]).log_softmax(-1)
     for row, entry in enumerate(found):
         assert entry.logprob == pytest.approx(log_probs[row, entry.token_id].item(), abs=5e-4)
+
+
+def test_scoring_a_long_prompt_over_a_large_vocabulary_takes_bounded_memory(tmp_path: Path) -> None:
+    """Regression: the logits of a whole chunk of it lay in memory at once; here 480 MB in place of 128 MiB."""
+    config = LlamaConfig(
+        **{
+            **COMMON,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "vocab_size": 300_000,
+            "max_position_embeddings": 512,
+        }
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    offline = Offline(OfflineSettings(base=str(tmp_path), kv_memory=1 << 20))
+    prompt = list(range(400))
+    request = offline.submit(prompt, replace(SCORED, max_tokens=1))
+    with LargestTensor() as largest:
+        finished = offline.run()[request, 0]
+    assert largest.num_bytes <= 128 << 20
+    assert [entry.token_id for entry in finished.prompt_logprobs] == prompt[1:]

@@ -16,6 +16,7 @@ from adapterd.core import SampledToken, SamplingParams
 from adapterd.model.sampler import SamplerRow, start_logprobs, start_sampling, uniform
 from adapterd.model.transfer import Readback
 from adapterd.token_counts import TokenCounts
+from tests.largest_tensor import LargestTensor
 
 VOCAB_SIZE = 24
 FREE = SamplingParams(max_tokens=8)
@@ -313,3 +314,20 @@ def test_logprobs_of_given_tokens_may_ask_for_more_alternatives_than_there_are_t
     assert [list(dict(entry.top)).index(entry.token_id) + 1 for entry in found] == [
         entry.rank for entry in found
     ]
+
+
+def test_logprobs_of_many_rows_are_those_of_each_and_take_bounded_memory() -> None:
+    """Regression: a whole chunk of a prompt was turned to float32 at once, and its log probabilities beside it."""
+    num_rows, vocab_size = 48, 300_000
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_rows, vocab_size, generator=generator).bfloat16()
+    token_ids = torch.randint(0, vocab_size, (num_rows,), generator=generator)
+    readback = Readback(logits.device)
+    with LargestTensor() as largest:
+        found = start_logprobs(logits, token_ids, [3] * num_rows, readback)
+    assert largest.num_bytes <= 32 << 20
+    each = [
+        start_logprobs(logits[row, None], token_ids[row, None], [3], readback).entries()[0]
+        for row in range(num_rows)
+    ]
+    assert list(found.entries()) == each
