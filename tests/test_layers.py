@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry",),
     ("engine.waiting",),
     (
-        *("engine.slots", "engine.residency", "engine.blocks", "engine.scheduler"),
+        *("engine.slots", "engine.residency", "engine.blocks", "engine.step_room", "engine.scheduler"),
         *("engine.detokenizer", "engine.outputs", "model"),
     ),
     ("engine",),
@@ -48,7 +48,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 NO_TORCH = (
     *("core", "config", "errors", "metrics", "series", "router_view", "messages", "server", "cli"),
-    *("engine.slots", "engine.residency", "engine.waiting", "engine.blocks", "engine.scheduler"),
+    *(
+        "engine.slots",
+        "engine.residency",
+        "engine.waiting",
+        "engine.blocks",
+        "engine.step_room",
+        "engine.scheduler",
+    ),
     *("engine.detokenizer", "engine.outputs"),
     *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
     *("adapter_commands", "daemon_client"),
