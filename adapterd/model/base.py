@@ -24,7 +24,7 @@ from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.probe import probe_family
-from adapterd.model.seams import attach_seams
+from adapterd.model.seams import Seams, attach_seams
 from adapterd.model.threads import use_all_cores
 from adapterd.stages import Stages
 
@@ -150,7 +150,7 @@ def base_of(
         max_model_len=max_model_len,
         lora_targets=seams.targets,
         eos_token_ids=_eos_token_ids(model),
-        modules=seams.modules if takes_edits else _without_edits(seams.modules, family),
+        modules=seams.modules if takes_edits else _without_edits(seams, family),
         quantization=quantization,
     )
     logger.info(
@@ -168,13 +168,20 @@ def base_of(
     )
 
 
-def _without_edits(modules: BaseModules, family: str) -> BaseModules:
+def _without_edits(seams: Seams, family: str) -> BaseModules:
+    """What is left: linears, whose outputs may be changed for some tokens as LoRA changes them."""
+    modules = seams.modules
     logger.warning(
         "the %s family gives other logits when its embedding, head or norms are edited for some tokens of a batch:"
         " adapters that change them are refused",
         family,
     )
-    return BaseModules(parameters=modules.parameters, is_tied=modules.is_tied, transposed=modules.transposed)
+    return BaseModules(
+        parameters=modules.parameters,
+        input_axes={path: axis for path, axis in modules.input_axes.items() if path in seams.targets},
+        is_tied=modules.is_tied,
+        transposed=modules.transposed,
+    )
 
 
 def _default_name(name_or_dir: str) -> str:
