@@ -122,8 +122,8 @@ def start_logprobs(
     num_rows = max(_SCORED_BYTES // (4 * vocab_size), 1)
     num_columns = min(max(num_top), vocab_size)
     parts = [
-        _score(some, ids, num_columns)
-        for some, ids in zip(logits.split(num_rows), token_ids.split(num_rows), strict=True)
+        _score(logits[start : start + num_rows], token_ids[start : start + num_rows], num_columns)
+        for start in range(0, len(logits), num_rows)
     ]
     found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
     return RowLogprobs(tuple(readback.begin(tensor) for tensor in (token_ids, *found)), num_top)
