@@ -12,9 +12,10 @@ from adapterd.adapter_writer import base_fingerprint
 from adapterd.core import AdapterId, BaseSpec, Request, RequestId
 from adapterd.database import Database
 from adapterd.device_pins import DevicePins
-from adapterd.engine.build import EngineSizes, Finished, build_engine, check_fits, collect
+from adapterd.engine.build import EngineSizes, build_engine, check_fits
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
+from adapterd.engine.offline import Finished, collect
 from adapterd.errors import AdapterRefused, BaseRefused
 from adapterd.first_use import allowed_by
 from adapterd.host_memory import free_host_bytes

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import AdapterId, AdapterMix, Request, RequestId, SamplingParams
-from adapterd.engine.build import Finished, build_engine, collect
+from adapterd.engine.build import build_engine
 from adapterd.engine.detokenizer import Vocabulary
+from adapterd.engine.offline import Finished, collect
 from adapterd.model.base import DeviceName, load_base
 from adapterd.model.checkpoint import DtypeName, QuantizationName
 from adapterd.model.kernels import KernelName

@@ -59,7 +59,7 @@ NO_TORCH = (
     *("engine.detokenizer", "engine.outputs"),
     *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
     *("adapter_commands", "daemon_client"),
-    *("engine.checks", "engine.engine", "engine.inbox", "engine.seams"),
+    *("engine.checks", "engine.engine", "engine.inbox", "engine.offline", "engine.seams"),
     "model.base_config",
 )
 

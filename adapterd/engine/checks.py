@@ -41,14 +41,12 @@ class RequestChecks:
             )
 
     def pages_of(self, mix: AdapterMix) -> dict[AdapterId, int]:
-        """What each adapter of a leased mix takes.
+        """What each adapter of a mix takes whose weights are held.
 
         Raises AdapterRefused for a mix that can never be resident at once: it would wait for ever.
         """
         memory = self._memory
-        self._weights.hold(mix)
-        pages = {adapter_id: memory.pages_of(adapter_id) for adapter_id, _ in mix}
-        self._weights.release(mix)
+        pages = {adapter_id: self._weights.num_pages(adapter_id) for adapter_id, _ in mix}
         if sum(pages.values()) > memory.num_adapter_pages:
             names = " and ".join(f"'{adapter_id.name}'" for adapter_id in pages)
             raise AdapterRefused(

@@ -69,7 +69,7 @@ class Engine:
         checks = RequestChecks(memory, weights, vocab_size=spec.vocab_size, max_model_len=self.max_model_len)
         self._inbox = Inbox(checks, weights, max_queue=max_queue)
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
-        self._slots = AdapterSlots(memory.num_adapter_pages, memory.pages_of, events=events)
+        self._slots = AdapterSlots(memory.num_adapter_pages, weights.num_pages, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
         self._wished: list[AdapterId] = []  # their weights are held until they are uploaded

@@ -6,12 +6,13 @@ its order. All of the engine that a lock guards is here. No torch.
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from adapterd.core import AdapterId, Request, alone
+from adapterd.core import AdapterId, AdapterMix, Request, alone
 from adapterd.engine.checks import RequestChecks
 from adapterd.engine.seams import HostWeights
-from adapterd.errors import Overloaded, Unavailable
+from adapterd.errors import AdapterdError, Overloaded, Unavailable
 
 Wish = Callable[[], None]
 """What the engine's thread is to do."""
@@ -38,34 +39,49 @@ class Inbox:
         """Take a request whose adapters the caller has leased. Raises what `Engine.submit` raises."""
         self._checks.check_length(len(request.prompt_token_ids), request.params.max_tokens)
         self._checks.check_token_ids(request)
-        pages = self._checks.pages_of(request.mix)
-        with self._changed:
-            self._checks.check_beside_pinned(pages, self._pinned_pages)
-            if self._failed is not None:
-                raise Unavailable(f"the engine has stopped: {self._failed}")
-            if self._is_stopping:
-                raise Unavailable("the engine is stopping")
-            num_waiting = self._num_waiting + self._num_submitted
-            if num_waiting + request.num_sequences > self._max_queue:
-                raise Overloaded(
-                    f"{num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
-                    "try again in a moment"
-                )
-            for _ in range(request.num_sequences):
-                self._weights.hold(request.mix)
-            self._num_submitted += request.num_sequences
-            self.post(begin)
+        with self._held(request.mix, request.num_sequences):
+            pages = self._checks.pages_of(request.mix)
+            with self._changed:
+                self._check_alive()
+                self._checks.check_beside_pinned(pages, self._pinned_pages)
+                num_waiting = self._num_waiting + self._num_submitted
+                if num_waiting + request.num_sequences > self._max_queue:
+                    raise Overloaded(
+                        f"{num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
+                        "try again in a moment"
+                    )
+                self._num_submitted += request.num_sequences
+                self.post(begin)
 
     def bring(self, adapter_id: AdapterId, wish: Wish, *, pinned: bool) -> None:
         """Take a wish for an adapter that the caller has leased. Raises what `Engine.pin` raises."""
         mix = alone(adapter_id)
-        pages = self._checks.pages_of(mix)
-        with self._changed:
-            self._checks.check_beside_pinned(pages, self._pinned_pages)
-            if pinned:
-                self._pinned_pages |= pages
+        with self._held(mix, 1):
+            pages = self._checks.pages_of(mix)
+            with self._changed:
+                self._check_alive()
+                self._checks.check_beside_pinned(pages, self._pinned_pages)
+                if pinned:
+                    self._pinned_pages |= pages
+                self.post(wish)
+
+    @contextmanager
+    def _held(self, mix: AdapterMix, num_holders: int) -> Iterator[None]:
+        """Weights are held before they are asked for their size, and given back by what is refused."""
+        for _ in range(num_holders):
             self._weights.hold(mix)
-            self.post(wish)
+        try:
+            yield
+        except AdapterdError:
+            for _ in range(num_holders):
+                self._weights.release(mix)
+            raise
+
+    def _check_alive(self) -> None:
+        if self._failed is not None:
+            raise Unavailable(f"the engine has stopped: {self._failed}")
+        if self._is_stopping:
+            raise Unavailable("the engine is stopping")
 
     def unpin(self, adapter_id: AdapterId) -> None:
         """Its pages count as pinned no more. Harmless if they do not."""
@@ -78,7 +94,7 @@ class Inbox:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Take no more requests, and wake the engine's thread."""
+        """Take no more requests, pins and prefetches, and wake the engine's thread."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
@@ -117,6 +133,6 @@ class Inbox:
             self._num_submitted -= num_taken
 
     def fail(self, reason: str) -> None:
-        """Take no more requests: the engine has ended. What was taken before is still there."""
+        """Take no more, as `stop`: the engine has ended. What was taken before is still there."""
         with self._changed:
             self._failed = reason

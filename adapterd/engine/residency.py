@@ -114,7 +114,7 @@ class Residency:
             return True
         missing = self._slots.num_missing_pages(mix) - self._slots.num_free_pages
         if missing > 0:
-            leaving = _enough(self._idle_for(mix, position, needed_by), missing, self._slots.pages_of)
+            leaving = _enough(self._idle_for(mix, position, needed_by), missing, self._slots.size)
             if leaving is None:
                 return False
             for adapter_id in leaving:
@@ -147,13 +147,13 @@ class Residency:
         idle = self._idle_for(mix, position, needed_by)
         self._closing = {i: since for i, since in self._closing.items() if i in held or i in idle}
         missing = slots.num_missing_pages(mix) - slots.num_free_pages
-        missing -= sum(slots.pages_of(adapter_id) for adapter_id in {*idle, *self._closing})
+        missing -= sum(slots.size(adapter_id) for adapter_id in {*idle, *self._closing})
         if missing > 0:
             left = _tokens_left(running)
             still_open = [adapter_id for adapter_id in held if adapter_id not in self._closing]
             still_open.sort(key=lambda adapter_id: left.get(adapter_id, 0))
             # Too little, where other pages are on their way to somebody: more is closed once they are there.
-            closed = _enough(still_open, missing, slots.pages_of) or still_open
+            closed = _enough(still_open, missing, slots.size) or still_open
             self._closing |= dict.fromkeys(closed, now)
         late = {i for i, since in self._closing.items() if now - since > self._max_drain_seconds}
         return [s for s in running if late and any(adapter_id in late for adapter_id, _ in s.mix)]
@@ -178,7 +178,7 @@ class _Needed:
 
 
 def _enough(
-    adapter_ids: Iterable[AdapterId], num_pages: int, pages_of: Callable[[AdapterId], int]
+    adapter_ids: Iterable[AdapterId], num_pages: int, size: Callable[[AdapterId], int]
 ) -> list[AdapterId] | None:
     """The first of `adapter_ids` that have so many pages together, or None."""
     found: list[AdapterId] = []
@@ -186,7 +186,7 @@ def _enough(
         if num_pages <= 0:
             break
         found.append(adapter_id)
-        num_pages -= pages_of(adapter_id)
+        num_pages -= size(adapter_id)
     return found if num_pages <= 0 else None
 
 

@@ -41,19 +41,22 @@ class BatchRunner(Protocol):
 
 
 class HostWeights(Protocol):
-    """Keeps adapters' weights on the host while sequences may need them; see `engine.build.WeightsInUse`."""
+    """Keeps adapters' weights on the host while sequences may need them; see `engine.weights.WeightsInUse`."""
 
     def hold(self, mix: AdapterMix) -> None: ...
 
     def release(self, mix: AdapterMix) -> None: ...
 
+    def num_pages(self, adapter_id: AdapterId) -> int:
+        """Pages of adapter memory that a version takes, while its weights are held."""
+        ...
+
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """What the runner has set aside. `pages_of` tells what an adapter version takes of `num_adapter_pages`."""
+    """What the runner has set aside."""
 
     num_kv_blocks: int
     kv_block_size: int
     num_adapter_pages: int
     adapter_page_bytes: int
-    pages_of: Callable[[AdapterId], int]

@@ -8,11 +8,8 @@ moves the bytes.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from adapterd.core import AdapterEvents, AdapterId, AdapterMix, Unobserved
-
-_MAX_REMEMBERED_SIZES = 4096
 
 
 @dataclass
@@ -24,7 +21,9 @@ class _Booked:
 
 
 class AdapterSlots:
-    """Pages booked by adapter. `pages_of` says what a version costs; it is asked while its weights are held."""
+    """Pages booked by adapter. `pages_of` says what a version will take; it is asked only of one that has no pages
+    yet, and whose weights are held therefore by whoever waits for it.
+    """
 
     def __init__(
         self,
@@ -35,8 +34,7 @@ class AdapterSlots:
     ) -> None:
         self.num_pages = num_pages
         self._events: AdapterEvents = Unobserved() if events is None else events
-        # A version's size never changes, and to work it out for everyone who waits would cost each step.
-        self.pages_of = lru_cache(_MAX_REMEMBERED_SIZES)(pages_of)
+        self._pages_of = pages_of
         self._booked: OrderedDict[AdapterId, _Booked] = OrderedDict()  # longest unused first
         self._pinned: set[AdapterId] = set()
         self._evictions: list[AdapterId] = []
@@ -63,12 +61,17 @@ class AdapterSlots:
     def num_missing_pages(self, mix: AdapterMix) -> int:
         """Pages to book before a mix can be uploaded whole."""
         missing = {adapter_id for adapter_id, _ in mix if adapter_id not in self._booked}
-        return sum(self.pages_of(adapter_id) for adapter_id in missing)
+        return sum(self._pages_of(adapter_id) for adapter_id in missing)
 
     def can_ever_hold(self, mix: AdapterMix) -> bool:
         """Whether a mix fits beside everything pinned."""
         pinned = self._pinned | {adapter_id for adapter_id, _ in mix}
-        return sum(self._size(adapter_id) for adapter_id in pinned) <= self.num_pages
+        return sum(self.size(adapter_id) for adapter_id in pinned) <= self.num_pages
+
+    def size(self, adapter_id: AdapterId) -> int:
+        """Pages of an adapter that is booked, or that somebody waits for."""
+        booked = self._booked.get(adapter_id)
+        return self._pages_of(adapter_id) if booked is None else booked.num_pages
 
     def idle(self) -> Iterable[AdapterId]:
         """What could be evicted now, longest unused first."""
@@ -129,7 +132,7 @@ class AdapterSlots:
         """Book the missing pages of a mix, which must be free, and have its adapters uploaded."""
         for adapter_id, _ in mix:
             if adapter_id not in self._booked:
-                num_pages = self.pages_of(adapter_id)
+                num_pages = self._pages_of(adapter_id)
                 assert num_pages <= self.num_free_pages
                 self._booked[adapter_id] = _Booked(num_pages)
                 self.num_free_pages -= num_pages
@@ -188,10 +191,6 @@ class AdapterSlots:
         there = [(adapter_id, booked) for adapter_id, booked in self._booked.items() if booked.is_uploaded]
         self.resident = tuple(adapter_id for adapter_id, _ in there)
         self.resident_pages = tuple(booked.num_pages for _, booked in there)
-
-    def _size(self, adapter_id: AdapterId) -> int:
-        booked = self._booked.get(adapter_id)
-        return self.pages_of(adapter_id) if booked is None else booked.num_pages
 
     def check_integrity(self) -> None:
         """free + booked = total, and held is what those with holders take."""

@@ -9,7 +9,7 @@ from itertools import combinations, islice
 from adapterd.composition import ResolvedModel
 from adapterd.core import Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
-from adapterd.engine.build import Finished
+from adapterd.engine.offline import Finished
 from adapterd.errors import InvalidRequest
 from adapterd.evaluation.arms import Prompting
 from adapterd.evaluation.scoring import Answer, squeeze

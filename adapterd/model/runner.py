@@ -97,10 +97,6 @@ class Runner:
         row_bytes = self._base.spec.vocab_size * self._base.dtype.itemsize
         return max(_SCORED_LOGITS_BYTES // row_bytes, 1)
 
-    def adapter_pages(self, adapter_id: AdapterId) -> int:
-        """Pages of adapter memory that a leased version takes."""
-        return self.bank.pages_of(self._weights(adapter_id))
-
     def on_uploaded(self, tell: Uploaded) -> None:
         """Who is told of each upload, in a thread of the uploads' own."""
         self._uploads.tell = tell

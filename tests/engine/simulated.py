@@ -13,6 +13,7 @@ from adapterd.core import (
     SamplingParams,
     Sequence,
     SequenceState,
+    alone,
 )
 from adapterd.engine.blocks import BlockPool
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
@@ -48,9 +49,13 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.blocks = BlockPool(self.num_blocks, BLOCK_SIZE)
-        self.slots = AdapterSlots(self.num_pages, lambda adapter_id: self.pages[adapter_id.digest])
+        self.slots = AdapterSlots(self.num_pages, self._pages_of)
         self.scheduler = Scheduler(self.blocks, self.slots, self.limits, lambda: self.now)
         self._arrivals: list[tuple[float, AdapterId]] = []
+
+    def _pages_of(self, adapter_id: AdapterId) -> int:
+        assert not self.slots.is_booked(alone(adapter_id)), "its weights may have left host memory"
+        return self.pages[adapter_id.digest]
 
     def add(self, adapter_mix: AdapterMix, num_answer_tokens: int, num_prompt_tokens: int = 3) -> Sequence:
         number = len(self.sequences)

@@ -22,9 +22,9 @@ from adapterd.core import (
     SampledToken,
     SamplingParams,
 )
-from adapterd.engine.build import collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
+from adapterd.engine.offline import collect
 from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.engine.seams import EngineMemory, Uploaded
 from adapterd.errors import AdapterRefused, ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
@@ -56,6 +56,11 @@ class CountedWeights:
             for adapter_id, _ in adapter_mix:
                 self.held[adapter_id] -= 1
                 assert self.held[adapter_id] >= 0
+
+    def num_pages(self, adapter_id: AdapterId) -> int:
+        with self._lock:
+            assert self.held[adapter_id]
+        return PAGES[adapter_id.digest]
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,6 @@ def make_engine(
         kv_block_size=4,
         num_adapter_pages=4,
         adapter_page_bytes=1 << 20,
-        pages_of=lambda adapter_id: PAGES[adapter_id.digest],
     )
     return Engine(runner, runner.weights, SPEC, VOCABULARY, memory, limits, max_queue=max_queue)
 
@@ -364,6 +368,14 @@ def test_weights_are_held_from_submit_until_the_last_sequence_ends_however_it_en
     engine.abort(RequestId("leaves late"))
     collect(engine)
     assert set(held.values()) == {0}
+
+
+def test_adapter_whose_weights_nobody_holds_any_more_makes_room_for_another(engine: Engine) -> None:
+    """Regression: its size was asked of weights that might have gone from host memory long ago."""
+    for name in "abca":
+        engine.submit(make_request(name, adapters=mix(name)))
+        assert len(collect(engine)) == 1
+    assert engine.stats().num_evictions == 3
 
 
 def test_context_is_what_kv_memory_holds_if_that_is_less() -> None:

@@ -26,6 +26,10 @@ class Weights:
     def release(self, mix: AdapterMix) -> None:
         self.held.remove(mix)
 
+    def num_pages(self, adapter_id: AdapterId) -> int:
+        assert alone(adapter_id) in self.held
+        return 2
+
 
 @pytest.fixture
 def weights() -> Weights:
@@ -35,9 +39,7 @@ def weights() -> Weights:
 @pytest.fixture
 def inbox(weights: Weights) -> Inbox:
     """Of a queue of three, and of adapter memory for one adapter."""
-    memory = EngineMemory(
-        8, 4, num_adapter_pages=3, adapter_page_bytes=1 << 20, pages_of=lambda adapter_id: 2
-    )
+    memory = EngineMemory(8, 4, num_adapter_pages=3, adapter_page_bytes=1 << 20)
     return Inbox(RequestChecks(memory, weights, vocab_size=9, max_model_len=32), weights, max_queue=3)
 
 
@@ -88,13 +90,21 @@ def test_only_what_is_taken_has_its_weights_held(inbox: Inbox, weights: Weights)
     assert weights.held == [alone(A)] * 3 + [alone(B)]
 
 
-def test_one_that_stops_takes_wishes_and_no_requests_and_says_if_it_failed(inbox: Inbox) -> None:
-    inbox.stop()
-    with pytest.raises(Unavailable, match="is stopping"):
-        inbox.submit(request(), nothing)
-    inbox.fail("a bug")
-    with pytest.raises(Unavailable, match="has stopped: a bug"):
-        inbox.submit(request(), nothing)
+@pytest.mark.parametrize("pinned", [True, False])
+def test_one_that_stops_takes_no_requests_and_brings_nothing_and_says_if_it_failed(
+    inbox: Inbox, weights: Weights, pinned: bool
+) -> None:
+    """Regression: a dead engine agreed to keep adapters, and their weights were held for ever."""
+    asked = (
+        lambda: inbox.submit(request(alone(A)), nothing),
+        lambda: inbox.bring(A, nothing, pinned=pinned),
+    )
+    for end, reason in ((inbox.stop, "is stopping"), (lambda: inbox.fail("a bug"), "has stopped: a bug")):
+        end()
+        for ask in asked:
+            with pytest.raises(Unavailable, match=reason):
+                ask()
+    assert weights.held == []
     inbox.post(nothing)
     assert len(inbox.take()[0]) == 1
 

@@ -24,9 +24,9 @@ from adapterd.core import (
     ScheduledSequence,
 )
 from adapterd.core import Sequence as Running
-from adapterd.engine.build import Finished, collect
 from adapterd.engine.detokenizer import Vocabulary
 from adapterd.engine.engine import Engine
+from adapterd.engine.offline import Finished, collect
 from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.engine.seams import EngineMemory, Uploaded
 from adapterd.token_table import TokenTable
@@ -46,6 +46,9 @@ class NoWeights:
     def hold(self, adapter_mix: AdapterMix) -> None: ...
 
     def release(self, adapter_mix: AdapterMix) -> None: ...
+
+    def num_pages(self, adapter_id: AdapterId) -> int:
+        return PAGES[adapter_id.digest]
 
 
 @dataclass
@@ -151,7 +154,7 @@ def make_engine(
     num_kv_blocks: int = 64,
     limits: SchedulerLimits = SchedulerLimits(32, 8),  # noqa: B008
 ) -> Engine:
-    memory = EngineMemory(num_kv_blocks, BLOCK_SIZE, 4, 1 << 20, lambda adapter_id: PAGES[adapter_id.digest])
+    memory = EngineMemory(num_kv_blocks, BLOCK_SIZE, 4, 1 << 20)
     return Engine(device, NoWeights(), SPEC, VOCABULARY, memory, limits)
 
 

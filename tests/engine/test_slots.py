@@ -120,17 +120,16 @@ def test_idle_adapter_that_is_retired_leaves_at_once() -> None:
     assert slots.take_moves() == ((adapter("a"),), ())
 
 
-def test_size_is_asked_once() -> None:
-    asked: list[AdapterId] = []
-
-    def pages_of(adapter_id: AdapterId) -> int:
-        asked.append(adapter_id)
-        return 1
-
-    slots = AdapterSlots(NUM_PAGES, pages_of)
-    for _ in range(5):
-        slots.num_missing_pages(mix("a"))
-    assert asked == [adapter("a")]
+def test_size_of_what_has_pages_stands_in_the_books() -> None:
+    """Whose weights have left host memory can be asked for nothing any more."""
+    held = {adapter("a"): 2, adapter("b"): 3}
+    slots = AdapterSlots(NUM_PAGES, held.__getitem__)
+    slots.load(mix("a"))
+    slots.pin(adapter("a"))
+    del held[adapter("a")]
+    assert (slots.size(adapter("a")), slots.size(adapter("b"))) == (2, 3)
+    assert slots.num_missing_pages(mix("a", "b")) == 3
+    assert slots.can_ever_hold(mix("b"))
 
 
 def test_books_balance_on_a_long_random_walk_and_the_moves_can_be_carried_out() -> None:

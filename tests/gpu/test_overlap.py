@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterd.core import RequestId, SamplingParams
-from adapterd.engine.build import Finished
+from adapterd.engine.offline import Finished
 from tests.exactness.families import linear_names, save_adapter, save_model
 from tests.offline import Offline, OfflineSettings
 
