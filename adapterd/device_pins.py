@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from adapterd.core import AdapterId, AdapterMix, alone
-from adapterd.errors import AdapterdError
+from adapterd.errors import AdapterdError, Unavailable
 
 _logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What of `engine.engine.Engine` is needed. All return at once, and raise AdapterRefused or Overloaded."""
+    """What of `engine.engine.Engine` is needed. All return at once; `pin` and `prefetch` raise AdapterRefused,
+    Overloaded or Unavailable."""
 
     def pin(self, adapter_id: AdapterId) -> None: ...
     def unpin(self, adapter_id: AdapterId) -> None: ...
@@ -85,11 +86,17 @@ class DevicePins:
         self._with_weights(adapter_id, self._engine().prefetch)
 
     def wait(self, adapter_id: AdapterId, timeout: float) -> None:
-        """Wait until the engine has agreed to keep a version, or it is wanted no more. Raises why it has not."""
+        """Wait until the engine has agreed to keep a version, or it is wanted no more. Raises why it has not, and
+        Unavailable where that takes longer than `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_settled(adapter_id), timeout)
+            is_settled = self._changed.wait_for(lambda: self._is_settled(adapter_id), timeout)
             if adapter_id in self._errors:
                 raise self._errors[adapter_id]
+            if not is_settled:
+                raise Unavailable(
+                    f"adapter {adapter_id.name!r} is not pinned after {timeout:g} s: weights are still being read, its"
+                    " own or those of others pinned before it; try again"
+                )
 
     def _is_settled(self, adapter_id: AdapterId) -> bool:
         return adapter_id in self._pinned or adapter_id in self._errors or adapter_id not in self._wanted
@@ -126,6 +133,13 @@ class DevicePins:
             _logger.warning(
                 "adapter %s is pinned, but not in device memory: %s", adapter_id.name, refusal.message
             )
+        except (
+            Exception
+        ) as failure:  # of disk or memory, say: the pins that come after are followed all the same
+            error = Unavailable(
+                f"adapter {adapter_id.name!r} could not be read: {type(failure).__name__}, of which the log says more"
+            )
+            _logger.exception("adapter %s is pinned, but could not be read", adapter_id.name)
         with self._changed:
             if error is None:
                 self._pinned.add(adapter_id)

@@ -7,7 +7,7 @@ import pytest
 
 from adapterd.core import AdapterDigest, AdapterId, AdapterMix
 from adapterd.device_pins import DevicePins
-from adapterd.errors import AdapterRefused, Overloaded
+from adapterd.errors import AdapterRefused, Overloaded, Unavailable
 from tests.adapters_on_disk import until
 
 A, B, C = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "abc")
@@ -103,6 +103,42 @@ def test_weights_that_cannot_be_read_are_an_error_of_their_own(device: Device) -
     pins.wait(B, 5)
     with pytest.raises(AdapterRefused):
         pins.wait(A, 5)
+    pins.stop()
+
+
+def test_error_that_nobody_foresaw_is_told_and_later_pins_are_followed(device: Device) -> None:
+    """Regression: the thread died of a disk's error, and from then on every pin seemed to succeed."""
+
+    def read(adapter_id: AdapterId) -> None:
+        if adapter_id == A:
+            raise OSError("input/output error")
+        device.read.append(adapter_id)
+
+    pins = DevicePins(lambda: device, lambda: device.wanted, read, device.lease)
+    pins.start()
+    want(pins, device, frozenset({A}))
+    with pytest.raises(Unavailable, match="'a' could not be read: OSError"):
+        pins.wait(A, 5)
+    want(pins, device, frozenset({A, B}))
+    pins.wait(B, 5)
+    pins.stop()
+    assert device.pinned == [B]
+
+
+def test_pin_that_takes_too_long_is_no_success(device: Device) -> None:
+    is_readable = threading.Event()
+
+    def read(adapter_id: AdapterId) -> None:
+        assert is_readable.wait(5)
+        device.read.append(adapter_id)
+
+    pins = DevicePins(lambda: device, lambda: device.wanted, read, device.lease)
+    pins.start()
+    want(pins, device, frozenset({A}))
+    with pytest.raises(Unavailable, match=r"'a' is not pinned after 0\.01 s"):
+        pins.wait(A, 0.01)
+    is_readable.set()
+    pins.wait(A, 5)
     pins.stop()
 
 

@@ -173,8 +173,11 @@ class AdapterSlots:
             self.evict(adapter_id)
 
     def pin(self, adapter_id: AdapterId) -> None:
-        """Never evict an adapter, here or once it has come."""
+        """Never evict an adapter, here or once it has come; if it was retired, it is meant again."""
         self._pinned.add(adapter_id)
+        booked = self._booked.get(adapter_id)
+        if booked is not None:
+            booked.is_retired = False
 
     def unpin(self, adapter_id: AdapterId) -> None:
         """It may leave like any other. Harmless if it is not pinned."""
@@ -199,4 +202,5 @@ class AdapterSlots:
         assert self.num_held_pages == sum(entry.num_pages for entry in entries if entry.num_holders)
         assert set(self.resident) == {i for i, entry in self._booked.items() if entry.is_uploaded}
         assert all(entry.is_uploaded for entry in entries if entry.num_holders)
+        assert not any(entry.is_retired for i, entry in self._booked.items() if i in self._pinned)
         assert self.num_uploading == sum(not entry.is_uploaded for entry in entries)

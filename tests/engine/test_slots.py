@@ -113,6 +113,20 @@ def test_adapter_retired_on_its_way_leaves_when_it_arrives() -> None:
     assert slots.take_moves() == ((adapter("a"),), ())
 
 
+def test_adapter_pinned_again_before_it_could_leave_stays() -> None:
+    """Regression: it left although pinned, and came back only when somebody asked for it."""
+    slots = make_slots("b")
+    slots.load(mix("a"))
+    slots.hold(mix("b"))
+    for name in ("a", "b"):
+        slots.retire(adapter(name))
+        slots.pin(adapter(name))
+    slots.arrived(adapter("a"))
+    slots.release(mix("b"))
+    assert {*slots.resident} == {*slots.pinned} == {adapter("a"), adapter("b")}
+    slots.check_integrity()
+
+
 def test_idle_adapter_that_is_retired_leaves_at_once() -> None:
     slots = make_slots("a")
     slots.retire(adapter("a"))
