@@ -171,7 +171,9 @@ class Daemon:
             events=metrics,
             pins=pins,
         )
-        runner, engine = build_engine(base, vocabulary, registry.weights, settings, events=metrics)
+        runner, engine = build_engine(
+            base, vocabulary, registry.weights, settings, events=metrics, on_pin_failed=pins.failed
+        )
         stages.done("memory")
         return cls(spec, renderer, registry, engine, metrics)
 

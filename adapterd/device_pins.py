@@ -81,6 +81,17 @@ class DevicePins:
                 self._dropped.add(adapter_id)
                 self._changed.notify_all()
 
+    def failed(self, adapter_id: AdapterId, reason: str) -> None:
+        """A version that the engine had agreed to keep could not be uploaded: it is tried again only when
+        what is wanted changes."""
+        with self._changed:
+            if adapter_id in self._wanted:
+                self._errors[adapter_id] = Unavailable(
+                    f"adapter {adapter_id.name!r} could not be uploaded: {reason}"
+                )
+                self._dropped.add(adapter_id)
+                self._changed.notify_all()
+
     def prefetch(self, adapter_id: AdapterId) -> None:
         """Have a version uploaded if there is room for it. Raises what the engine does."""
         self._with_weights(adapter_id, self._engine().prefetch)

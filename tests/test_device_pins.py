@@ -191,6 +191,20 @@ def test_what_is_dropped_while_it_is_being_pinned_is_pinned_again() -> None:
     assert dropping.has_dropped
 
 
+def test_pin_whose_upload_fails_is_an_error_until_others_are_wanted(pins: DevicePins, device: Device) -> None:
+    """Regression: nobody was told, so it passed for pinned and was never tried again."""
+    want(pins, device, frozenset({A}))
+    pins.wait(A, 5)
+    pins.failed(A, "no such matrix")
+    with pytest.raises(Unavailable, match="'a' could not be uploaded: no such matrix"):
+        pins.wait(A, 5)
+    until(lambda: device.pinned == [])
+    assert device.read == [A]
+    want(pins, device, frozenset({A, B}))
+    pins.wait(A, 5)
+    assert device.read.count(A) == 2
+
+
 def test_prefetch_holds_the_weights_while_the_engine_takes_them(pins: DevicePins, device: Device) -> None:
     pins.prefetch(A)
     assert (device.prefetched, device.leased, device.pinned) == ([A], [], [])

@@ -7,7 +7,7 @@ from typing import Protocol
 from adapterd.adapter import Adapter
 from adapterd.core import AdapterEvents, AdapterId
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.engine import Engine
+from adapterd.engine.engine import Engine, PinFailed
 from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.engine.seams import EngineMemory
 from adapterd.engine.weights import WeightsInUse
@@ -47,6 +47,7 @@ def build_engine(
     settings: EngineSizes,
     *,
     events: AdapterEvents | None = None,
+    on_pin_failed: PinFailed = lambda adapter_id, error: None,
 ) -> tuple[Runner, Engine]:
     """A runner with its memory set aside, and an engine over it. `weights` finds those of a leased version."""
     num_kv_blocks = size_kv_pool(base, settings.kv_memory, settings.max_num_seqs)
@@ -75,7 +76,15 @@ def build_engine(
         max_num_scored_tokens=runner.max_num_scored_tokens,
     )
     engine = Engine(
-        runner, in_use, base.spec, vocabulary, memory, limits, max_queue=settings.max_queue, events=events
+        runner,
+        in_use,
+        base.spec,
+        vocabulary,
+        memory,
+        limits,
+        max_queue=settings.max_queue,
+        events=events,
+        on_pin_failed=on_pin_failed,
     )
     if engine.max_model_len < base.spec.max_model_len:
         logger.warning(

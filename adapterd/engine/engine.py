@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from adapterd.core import (
     AdapterEvents,
@@ -32,7 +33,7 @@ from adapterd.core import (
 from adapterd.engine.blocks import BlockPool
 from adapterd.engine.checks import RequestChecks
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.inbox import Inbox
+from adapterd.engine.inbox import Inbox, Wish
 from adapterd.engine.outputs import OutputBuilder, ended
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
 from adapterd.engine.seams import BatchRunner, EngineMemory, HostWeights, LaunchedStep
@@ -41,6 +42,8 @@ from adapterd.engine.slots import AdapterSlots
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[list[Output]], None]
+PinFailed = Callable[[AdapterId, str], None]
+"""Told, in the engine's thread, that a pinned version could not be uploaded, and why: it is pinned no more."""
 
 _UPLOAD_POLL_SECONDS = 0.05
 
@@ -60,6 +63,7 @@ class Engine:
         max_queue: int = 1024,
         clock: Callable[[], float] = time.monotonic,
         events: AdapterEvents | None = None,
+        on_pin_failed: PinFailed = lambda adapter_id, error: None,
     ) -> None:
         self._runner = runner
         self._weights = weights
@@ -72,6 +76,8 @@ class Engine:
         self._slots = AdapterSlots(memory.num_adapter_pages, weights.num_pages, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
         self._outputs = OutputBuilder(vocabulary, self.max_model_len)
+        self._on_pin_failed = on_pin_failed
+        self._asked: deque[Wish] = deque()  # taken from the inbox, and still to be done
         self._wished: list[AdapterId] = []  # their weights are held until they are uploaded
         self._in_flight: deque[tuple[Batch, LaunchedStep]] = deque()
         self._to_deliver: list[Output] = []
@@ -107,7 +113,8 @@ class Engine:
         """Upload a version that the caller has leased before all others, and keep it in adapter memory.
 
         Returns at once; the stats tell when it is there. Pinning twice is harmless. Raises AdapterRefused (larger
-        than all adapter memory) or Overloaded (too little is left beside what is pinned).
+        than all adapter memory), Overloaded (too little is left beside what is pinned) or Unavailable (engine dead
+        or stopping).
         """
         pin = self._scheduler.residency.pin
         self._inbox.bring(adapter_id, lambda: self._wish(adapter_id, pin), pinned=True)
@@ -120,7 +127,7 @@ class Engine:
     def prefetch(self, adapter_id: AdapterId) -> None:
         """Upload a version that the caller has leased, if there is room that no waiting sequence needs.
 
-        Raises AdapterRefused or Overloaded as `pin` does.
+        Raises what `pin` does.
         """
         prefetch = self._scheduler.residency.prefetch
         self._inbox.bring(adapter_id, lambda: self._wish(adapter_id, prefetch), pinned=False)
@@ -214,6 +221,8 @@ class Engine:
             self._slots.arrived(adapter_id)
             return
         self._inbox.unpin(adapter_id)
+        if self._slots.is_pinned(adapter_id):
+            self._on_pin_failed(adapter_id, error)
         for sequence in self._scheduler.upload_failed(adapter_id):
             self._refuse(sequence, "error", f"the adapter {adapter_id.name!r} could not be uploaded: {error}")
 
@@ -259,9 +268,11 @@ class Engine:
         self._inbox.seen_waiting(self._stats.num_waiting, num_taken=num_taken)
 
     def _do_what_was_asked(self) -> int:
-        """Returns how many sequences were submitted with it."""
+        """Returns how many sequences were submitted with it. Where a wish raises, those behind it stay asked."""
         wishes, num_taken = self._inbox.take()
-        for wish in wishes:
+        self._asked += wishes
+        while self._asked:
+            wish = self._asked.popleft()
             wish()
         return num_taken
 
@@ -282,9 +293,15 @@ class Engine:
 
     def _fail(self, reason: str) -> list[Output]:
         self._inbox.fail(reason)
-        self._do_what_was_asked()
+        # Before all that may go wrong here, for it is what has the process replaced.
+        self._stats = replace(self._stats, failed=reason)
+        while self._asked or not self._inbox.is_empty:
+            try:
+                self._do_what_was_asked()
+            except Exception:
+                # Books that are apart may refuse one wish; the next may be a request, which is to be told.
+                logger.exception("the failed engine could not do what it was asked")
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
-        self._stats = self._snapshot()
         # What had been read by then stands, the ends of those that run no more among it.
         return [*self._to_deliver, *(ended(sequence, "error", reason) for sequence in sequences)]
 

@@ -8,8 +8,9 @@ import torch
 
 from adapterd.adapter import Adapter, read_adapter
 from adapterd.core import Request, RequestId, SamplingParams, alone
-from adapterd.engine.build import build_engine, collect
+from adapterd.engine.build import build_engine
 from adapterd.engine.detokenizer import Vocabulary
+from adapterd.engine.offline import collect
 from adapterd.errors import AdapterRefused
 from adapterd.model.attention import register_attention
 from adapterd.model.base import Base, base_of

@@ -23,7 +23,7 @@ from adapterd.core import (
     SamplingParams,
 )
 from adapterd.engine.detokenizer import Vocabulary
-from adapterd.engine.engine import Engine
+from adapterd.engine.engine import Engine, PinFailed
 from adapterd.engine.offline import collect
 from adapterd.engine.scheduler import SchedulerLimits
 from adapterd.engine.seams import EngineMemory, Uploaded
@@ -117,6 +117,7 @@ def make_engine(
     num_kv_blocks: int = 64,
     max_queue: int = 100,
     limits: SchedulerLimits = SchedulerLimits(32, 8),  # noqa: B008
+    on_pin_failed: PinFailed = lambda adapter_id, error: None,
 ) -> Engine:
     memory = EngineMemory(
         num_kv_blocks=num_kv_blocks,
@@ -124,7 +125,16 @@ def make_engine(
         num_adapter_pages=4,
         adapter_page_bytes=1 << 20,
     )
-    return Engine(runner, runner.weights, SPEC, VOCABULARY, memory, limits, max_queue=max_queue)
+    return Engine(
+        runner,
+        runner.weights,
+        SPEC,
+        VOCABULARY,
+        memory,
+        limits,
+        max_queue=max_queue,
+        on_pin_failed=on_pin_failed,
+    )
 
 
 def mix(*names: str) -> AdapterMix:
@@ -267,6 +277,21 @@ def test_runner_that_raises_fails_every_request_and_the_engine_says_so(runner: F
         engine.submit(make_request("late"))
     engine.abort(RequestId("running"))
     engine.stop()
+
+
+def test_failed_engine_says_so_and_tells_everyone_although_its_books_refuse_a_wish(
+    engine: Engine, runner: FakeRunner
+) -> None:
+    """Regression: what was asked behind a wish that raised was lost, and with it the news that the engine had ended."""
+    runner.tell(mix("a")[0][0], None)  # an upload that nobody booked
+    engine.submit(make_request("first"))
+    runner.tell(mix("b")[0][0], None)
+    engine.submit(make_request("second", num_sequences=2))
+    mailbox = Mailbox()
+    engine.start(mailbox)
+    mailbox.wait_for_end("first", "second")
+    assert [len(outputs) for outputs in mailbox.deliveries] == [3]
+    assert engine.stats().failed == "KeyError in the engine"
 
 
 def test_full_queue_is_overloaded_and_has_room_again_later() -> None:
@@ -459,6 +484,24 @@ def test_upload_that_fails_ends_who_waited_for_it_and_nobody_else(engine: Engine
     runner.uploads_by_hand = False
     engine.submit(make_request("again", adapters=mix("a")))
     assert len(answers(engine, "again")[0]) == 5
+
+
+def test_who_pinned_is_told_of_an_upload_that_fails_and_nobody_else_is(runner: FakeRunner) -> None:
+    told: list[tuple[str, str]] = []
+    engine = make_engine(
+        runner, on_pin_failed=lambda adapter_id, error: told.append((adapter_id.name, error))
+    )
+    runner.uploads_by_hand = True
+    engine.pin(mix("a")[0][0])
+    engine.prefetch(mix("b")[0][0])
+    engine.step()
+    for name in ("a", "b"):
+        runner.tell(mix(name)[0][0], "no such matrix")
+    engine.step()
+    assert told == [("a", "no such matrix")]
+    assert engine.stats().pinned == engine.stats().resident == ()
+    engine.submit(make_request("r", adapters=mix("c")))
+    engine.check_integrity()
 
 
 def test_pinned_adapter_comes_without_a_request_and_stays(engine: Engine, runner: FakeRunner) -> None:
