@@ -31,6 +31,7 @@ from adapterd.config import (
     takes_many,
 )
 from adapterd.errors import AdapterdError, ConfigError
+from adapterd.first_process import obey_sigterm
 from adapterd.lora_modules import LoraModule
 from adapterd.training.errors import TrainingInterrupted
 
@@ -46,6 +47,7 @@ EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    obey_sigterm()
     arguments = vars(build_parser().parse_args(argv))
     command: Callable[[dict[str, Any]], int] = arguments.pop("run")
     try:

@@ -14,8 +14,8 @@ PACKAGE = Path(adapterd.__file__).parent
 # what decides (engine) and what computes (model), neither may know the other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("control_groups", "core", "errors", "file_names", "host_memory", "polling", "stages"),
-        *("token_counts", "__init__"),
+        *("control_groups", "core", "errors", "file_names", "first_process", "host_memory", "polling"),
+        *("stages", "token_counts", "__init__"),
     ),
     ("busiest", "exposition", "router_view", "series", "request_record", "metrics"),
     (
