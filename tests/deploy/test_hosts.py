@@ -91,6 +91,16 @@ def test_envoy_asks_the_picker_that_compose_starts() -> None:
     assert routes["name"] == "envoy.filters.http.router"
     lb = clusters["endpoint_picker"]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]
     port = lb["endpoint"]["address"]["socket_address"]["port_value"]
-    assert f"--grpc-port={port}" in load("hosts/compose.yaml")["services"]["endpoint-picker"]["command"]
+    command = load("hosts/compose.yaml")["services"]["endpoint-picker"]["command"]
+    assert f"--grpc-port={port}" in command
+    # The picker serves TLS unless it is told not to.
+    assert ("transport_socket" in clusters["endpoint_picker"]) == ("--secure-serving=false" not in command)
     # Answers stream: nothing may gather them first.
     assert asks["typed_config"]["processing_mode"]["response_body_mode"] == "FULL_DUPLEX_STREAMED"
+
+
+def test_envoy_starts_as_the_user_it_runs_as() -> None:
+    """As root its entrypoint changes the owner of its output and then the user, and both are capabilities."""
+    envoy = load("hosts/compose.yaml")["services"]["envoy"]
+    assert envoy["cap_drop"] == ["ALL"]
+    assert envoy["user"] == "101:101"
