@@ -158,6 +158,8 @@ def pools(manifests: Manifests) -> Iterator[str]:
             offered = [port["port"] for port in service["spec"]["ports"]] if service else []
             if reference["port"]["number"] not in offered:
                 yield f"{_where(pool)}: no Service {reference['name']!r} with port {reference['port']['number']}"
+            if service is not None:
+                yield from _picker_protocol(manifests, service, reference["port"]["number"])
     for route in manifests.of("HTTPRoute"):
         for rule in route["spec"]["rules"]:
             for backend in rule["backendRefs"]:
@@ -167,6 +169,16 @@ def pools(manifests: Manifests) -> Iterator[str]:
         for text in config.get("data", {}).values():
             if "kind: EndpointPickerConfig" in text:
                 yield from picker_errors(_where(config), yaml.safe_load(text))
+
+
+def _picker_protocol(manifests: Manifests, service: Object, port: int) -> Iterator[str]:
+    """A Service that says cleartext stands before a picker that was told to speak it: its default is TLS."""
+    named = [item for item in service["spec"]["ports"] if item["port"] == port]
+    if not any(item.get("appProtocol") == "kubernetes.io/h2c" for item in named):
+        return
+    for pod in manifests.pods_with(service["spec"]["selector"]):
+        if not any("--secure-serving=false" in container.get("args", []) for container in pod.containers):
+            yield f"{_where(service)}: says h2c, which is cleartext, and {pod.where} serves TLS"
 
 
 def picker_errors(where: str, config: Object) -> Iterator[str]:

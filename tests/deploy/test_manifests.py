@@ -375,6 +375,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     (
         "pools",
         "components/inference-pool",
+        put("Service", "spec.ports.0.appProtocol", "kubernetes.io/h2c", "adapterd-endpoint-picker"),
+        "serves TLS",
+    ),
+    (
+        "pools",
+        "components/inference-pool",
         picker("pluginRef: lora-affinity-scorer", "pluginRef: kv-cache-utilization-scorer"),
         "does not score",
     ),
