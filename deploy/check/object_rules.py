@@ -9,6 +9,7 @@ import yaml
 from adapterd.series import SERIES
 from adapterd.training import metrics as training
 from deploy.check.manifests import Manifests, Object, Pod
+from deploy.check.pod_rules import startup_seconds
 
 _CLUSTER_WIDE = ("Namespace", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
 _METRIC = re.compile(r"\b(?:adapterd_[a-z0-9_]+|vllm:[a-z0-9_]+)\b")
@@ -132,7 +133,7 @@ def budgets(manifests: Manifests) -> Iterator[str]:
 
 
 def rollout(manifests: Manifests) -> Iterator[str]:
-    """A rollout can move, and a pod that needs a GPU does not wait for a second one."""
+    """A rollout can move, has the time that starts take, and no pod that needs a GPU waits for a second one."""
     for pod in manifests.pods():
         strategy = pod.owner["spec"].get("strategy", {})
         if pod.owner["kind"] != "Deployment":
@@ -147,6 +148,11 @@ def rollout(manifests: Manifests) -> Iterator[str]:
         )
         if has_gpu and rolling.get("maxSurge", 1) != 0:
             yield f"{pod.where}: a rollout waits for one GPU more than there are"
+        starts = max(startup_seconds(container) for container in pod.containers)
+        needed = pod.spec.get("terminationGracePeriodSeconds", 30) + starts
+        given = pod.owner["spec"].get("progressDeadlineSeconds", 600)
+        if given <= needed:
+            yield f"{pod.where}: a rollout has {given} s, and one pod may take {needed} to follow another"
 
 
 def pools(manifests: Manifests) -> Iterator[str]:

@@ -129,11 +129,18 @@ def probes(manifests: Manifests) -> Iterator[str]:
                 yield f"{name}: the liveness probe asks {paths['livenessProbe']}: a pod that is busy would be killed"
             if {paths["startupProbe"], paths["readinessProbe"]} != {"/readyz"}:
                 yield f"{name}: the startup and readiness probes must ask /readyz"
-            budget = container["startupProbe"].get("periodSeconds", 10) * container["startupProbe"].get(
-                "failureThreshold", 3
-            )
+            budget = startup_seconds(container)
             if budget < MIN_STARTUP_SECONDS:
                 yield f"{name}: has {budget} s to start; {MIN_STARTUP_SECONDS} are the least"
+
+
+def startup_seconds(container: Object) -> int:
+    """How long its startup probe lets a container start; 0 without one."""
+    if "startupProbe" not in container:
+        return 0
+    probe = container["startupProbe"]
+    seconds: int = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+    return seconds
 
 
 def grace(manifests: Manifests) -> Iterator[str]:

@@ -2,6 +2,7 @@
 and each rule finds what it is there to find."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def test_grace_outlasts_the_drain_on_what_is_rendered(rendered: dict[str, Manife
         drain = float(values["ADAPTERD_DRAIN_DELAY"]) + float(values["ADAPTERD_DRAIN_TIMEOUT"])
         needed = pre_stop_seconds(container) + drain + 10
         assert pod.spec["terminationGracePeriodSeconds"] >= needed >= 70, name
+
+
+def test_the_readme_says_how_a_namespace_gets_past_the_policy(rendered: dict[str, Manifests]) -> None:
+    policy = rendered["overlays/gpu"].find("NetworkPolicy", "adapterd")
+    assert policy is not None
+    ((label, value),) = policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchLabels"].items()
+    said = re.findall(r"^kubectl label namespace .* (\S+)$", (DEPLOY / "README.md").read_text(), re.MULTILINE)
+    assert said == [f"{label}={value}"]
 
 
 def test_the_drain_is_what_the_settings_say() -> None:
@@ -364,6 +373,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
         "components/gpu",
         put("Deployment", "spec.strategy.rollingUpdate.maxSurge", 1),
         "one GPU more",
+    ),
+    (
+        "rollout",
+        "components/gpu",
+        put("Deployment", "spec.progressDeadlineSeconds", None),
+        "has 600 s, and one pod may take 1890",
     ),
     (
         "pools",
