@@ -67,6 +67,7 @@ class Catalog:
         self._changed = threading.Condition()  # guards all below
         self._names: dict[str, NameRecord] = {}
         self._num_by_state: Counter[State] = Counter()
+        self._num_behind = 0
         self._host = HostVersions(host_bytes, events=events)
         self._meanings: dict[AdapterId, dict[str, NameRecord]] = {}  # by spelling: NAME, or NAME@ALIAS
         self._sizes: list[int] = []  # of the current versions, sorted
@@ -89,6 +90,11 @@ class Catalog:
     def num_by_state(self) -> Counter[State]:
         with self._changed:
             return self._num_by_state.copy()
+
+    def num_behind(self) -> int:
+        """Names whose newer version was refused while the one before serves on."""
+        with self._changed:
+            return self._num_behind
 
     def update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> bool:
         """Replace a record by what `change` makes of it, in memory alone; whether that is another one.
@@ -177,11 +183,6 @@ class Catalog:
             raise
         return Lease(lambda: self._release(held))
 
-    def wait_released(self, adapter_id: AdapterId, timeout: float) -> bool:
-        """Wait until no lease holds a version, at most `timeout` seconds; whether that came about."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._host.is_held(adapter_id), timeout)
-
     def use_of(self, adapter_id: AdapterId) -> VersionUse:
         with self._changed:
             num_requests, last_used = self._uses.get(adapter_id, (0, None))
@@ -222,13 +223,16 @@ class Catalog:
             wanted = Counter(adapter_id for record in self._names.values() for adapter_id in record.wanted)
             assert self._num_wanted == wanted
             assert self._num_by_state == Counter(record.state for record in self._names.values())
+            assert self._num_behind == sum(record.is_behind for record in self._names.values())
 
     # Called with the lock held
 
     def _set(self, record: NameRecord) -> None:
         if (before := self._names.get(record.name)) is not None:
             self._num_by_state[before.state] -= 1
+            self._num_behind -= before.is_behind
         self._num_by_state[record.state] += 1
+        self._num_behind += record.is_behind
         self._names[record.name] = record
 
     def _account(self, before: NameRecord, after: NameRecord) -> Sequence[AdapterId]:
@@ -278,7 +282,6 @@ class Catalog:
         with self._changed:
             free = [adapter_id for adapter_id in adapter_ids if self._host.let_go(adapter_id)]
             dropped = [adapter_id for adapter_id in free if adapter_id not in self._num_wanted]
-            self._changed.notify_all()
         self._tell(dropped)
         if free:
             self._on_room()

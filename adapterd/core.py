@@ -315,6 +315,8 @@ class EngineStats:
 class RegistryStats:
     """Counters of the registry: names by state, and the host memory that weights are kept in.
 
+    `num_behind` counts names whose newer version was refused while the one before serves on; `manifest_failed` says
+    that the manifest cannot be read, so that the one before holds.
     `host_bytes_total` is None without a limit. A miss is a request whose adapter had to be read first.
     `median_bytes` is the size of the adapters that can be asked for, 0 if there are none. `num_changes` is
     another number whenever names or the weights in memory may have changed.
@@ -322,6 +324,7 @@ class RegistryStats:
 
     num_ready: int
     num_failed: int
+    num_behind: int
     num_loading: int
     host_bytes_total: int | None
     host_bytes: int
@@ -331,6 +334,7 @@ class RegistryStats:
     num_reads: int
     median_bytes: int
     num_changes: int
+    manifest_failed: bool
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,11 @@ class NameRecord:
         return "FAILED" if self.error is not None else "ABSENT"
 
     @property
+    def is_behind(self) -> bool:
+        """Whether a newer version was refused, and the one before serves on."""
+        return self.current is not None and self.error is not None
+
+    @property
     def current_version(self) -> Version | None:
         return None if self.current is None else self.versions[self.current]
 

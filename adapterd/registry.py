@@ -155,10 +155,6 @@ class AdapterRegistry:
         """A leased version's matrices. Touches no disk. KeyError if nobody holds it, which is our own bug."""
         return self._catalog.held(adapter_id)
 
-    def wait_released(self, adapter_id: AdapterId, timeout: float) -> bool:
-        """Wait until no lease holds a version, at most `timeout` seconds; whether that came about."""
-        return self._catalog.wait_released(adapter_id, timeout)
-
     # What an operator asks
 
     def load(
@@ -307,10 +303,11 @@ class AdapterRegistry:
         return self._catalog.loaded(on_device)
 
     def stats(self) -> RegistryStats:
-        states, host = self._catalog.num_by_state(), self._catalog.host_memory()
+        states, host, manifest = self._catalog.num_by_state(), self._catalog.host_memory(), self.manifest()
         return RegistryStats(
             num_ready=states["READY"],
             num_failed=states["FAILED"],
+            num_behind=self._catalog.num_behind(),
             num_loading=states["LOADING"],
             host_bytes_total=host.max_bytes,
             host_bytes=host.num_bytes,
@@ -320,6 +317,7 @@ class AdapterRegistry:
             num_reads=self._reader.num_reads,
             median_bytes=host.median_bytes,
             num_changes=host.num_changes,
+            manifest_failed=manifest is not None and manifest.error is not None,
         )
 
     def check_integrity(self) -> None:

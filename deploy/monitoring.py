@@ -210,9 +210,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Refused adapters",
-                "The most of any pod; GET /v1/models says which.",
+                "Those whose newer version was refused too. The most of any pod; GET /v1/adapters says which.",
                 "short",
-                (("refused", f"max(adapterd_failed_adapters{{{PODS}}})"),),
+                (
+                    (
+                        "refused",
+                        f"max(adapterd_failed_adapters{{{PODS}}} + adapterd_behind_adapters{{{PODS}}})",
+                    ),
+                ),
                 kind="stat",
             ),
         ),

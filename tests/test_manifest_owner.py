@@ -153,11 +153,13 @@ def test_a_manifest_that_cannot_be_read_changes_nothing(
     assert before is not None
     assert "occurs twice" in (status.error or "")
     assert status.sha256 == before.sha256
+    assert registry.stats().manifest_failed
     assert value_of(registry, "a") == 1.0
     manifest.unlink()
     say(manifest)
     until(lambda: entry_of(registry, "a") is None)
     assert registry.manifest().error is None  # type: ignore[union-attr]
+    assert not registry.stats().manifest_failed
 
 
 def test_a_manifest_that_cannot_be_read_at_the_start_is_an_error(

@@ -85,6 +85,8 @@ def test_readings_of_engine_and_registry(metrics: Metrics) -> None:
     assert seen["vllm:kv_cache_usage_perc", ("tiny",)] == 0.4
     assert seen["vllm:cache_config_info", ("tiny", "16", "10")] == 1
     assert seen["adapterd_host_adapter_misses_total", ("tiny",)] == 1
+    assert seen["adapterd_behind_adapters", ("tiny",)] == 3
+    assert seen["adapterd_manifest_failed", ("tiny",)] == 1
     assert seen["process_resident_memory_bytes", ()] > 2**20
 
 

@@ -119,10 +119,12 @@ def test_bad_new_version_leaves_the_old_one_serving(
     (entry,) = registry.list()
     assert entry.state == "READY"
     assert "use_qalora" in (entry.error or "")
+    assert (registry.stats().num_failed, registry.stats().num_behind) == (0, 1)
     assert value_of(registry, "a") == 1.0
     assert dropped == []
     (root / "a" / CONFIG_FILE).write_text(json.dumps(config))
     until(lambda: registry.list()[0].error is None)
+    assert registry.stats().num_behind == 0
 
 
 def test_same_content_under_two_names_is_one_version(

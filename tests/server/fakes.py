@@ -65,6 +65,7 @@ STATS = EngineStats(
 REGISTRY_STATS = RegistryStats(
     num_ready=1,
     num_failed=0,
+    num_behind=3,
     num_loading=0,
     host_bytes_total=1000,
     host_bytes=100,
@@ -74,6 +75,7 @@ REGISTRY_STATS = RegistryStats(
     num_reads=1,
     median_bytes=80,
     num_changes=1,
+    manifest_failed=True,
 )
 
 
