@@ -43,6 +43,7 @@ PIN_SECONDS = 30.0
 
 _NUM_LOADERS = 4
 _NUM_FETCHERS = 8
+_NUM_SEARCHERS = 8
 
 
 class AdapterRegistry:
@@ -85,6 +86,8 @@ class AdapterRegistry:
         self._loader = Loader(*rooms, self._lookup)
         self._pool = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="adapter-load")
         self._fetchers = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="adapter-fetch")
+        # Apart from those: whatever names clients ask for, the manifest and weights that are known get through.
+        self._searchers = ThreadPoolExecutor(_NUM_SEARCHERS, thread_name_prefix="adapter-search")
         self._readings = Readings(self._catalog, self._reader, self._pool, self._fetchers)
         self._watcher = FolderWatcher(
             places.directories,
@@ -93,7 +96,7 @@ class AdapterRegistry:
             poll_seconds=poll_seconds,
             named=places.named,
         )
-        first_use = FirstUse(places.resolve, self._loader.load_first, self._fetchers)
+        first_use = FirstUse(places.resolve, self._loader.load_first, self._searchers)
         self._resolver = ModelResolver(spec, self._catalog, self._lookup, self._readings, first_use)
         self._manifest = None
         if places.manifest is not None:
@@ -122,7 +125,7 @@ class AdapterRegistry:
         if self._manifest is not None:
             self._manifest.stop()
         self._readings.close()
-        for pool in (self._pool, self._fetchers):
+        for pool in (self._pool, self._fetchers, self._searchers):
             pool.shutdown(wait=True, cancel_futures=True)
         if self._pins is not None:
             self._pins.stop()

@@ -1,5 +1,6 @@
 """Names that nobody registered, found when they are first asked for."""
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +29,13 @@ from adapterd.reading import AdaptedBase
 from adapterd.registry import AdapterRegistry
 from adapterd.sources.allow import AllowList
 from adapterd.sources.cache import SourceCache
-from adapterd.sources.download import Downloader
+from adapterd.sources.download import Downloader, Held
 from adapterd.sources.hub import Hub
 from adapterd.sources.places import AdapterPlaces
 from adapterd.sources.source import Source
-from tests.adapters_on_disk import NO_TOKENIZER, SPEC, files, value_of, write
-from tests.sources.servers import hub_server
+from adapterd.sources.web import Web
+from tests.adapters_on_disk import NO_TOKENIZER, SPEC, files, serves, until, value_of, write
+from tests.sources.servers import hub_server, web_server
 
 
 class Clock:
@@ -214,3 +216,39 @@ def test_a_folder_that_was_unloaded_is_not_looked_for(
                 registry.resolve_waiting("mini:support", 5)
         assert hub.paths == []
         assert registry.stats().num_reads == 1
+
+
+class Slow(Hub):
+    """A Hub that says nothing until it may."""
+
+    def __init__(self, may: threading.Event) -> None:
+        self._may = may
+
+    def look(self, source: Source) -> Held:
+        self._may.wait(60)
+        raise SourceMissing("nothing there")
+
+
+def test_searches_for_whatever_clients_ask_keep_no_manifest_waiting(tmp_path: Path) -> None:
+    may, manifest = threading.Event(), tmp_path / "adapters.yaml"
+    manifest.write_text("version: 1\nadapters: {}\n")
+    with web_server() as web:
+        adapter = files(write(tmp_path / "support", 3.0))
+        web.put("support", adapter)
+        allow = AllowList([*allowed_by(["hf://acme/*"]), "http://127.0.0.1:*/*"])
+        downloader = Downloader(allow, places={"hf": lambda: Slow(may), "http": lambda: Web(allow)})
+        cache = SourceCache(tmp_path / "cache", downloader)
+        places = AdapterPlaces(allow=allow, cache=cache, resolve=["hf://acme/*"], manifest=manifest)
+        registry = AdapterRegistry(AdaptedBase(SPEC, NO_TOKENIZER), places, poll_seconds=0.01)
+        registry.start()
+        try:
+            for number in range(MAX_UNDER_WAY):
+                with pytest.raises(BeingRead):
+                    registry.resolve(f"mini:nobody{number}")
+            sha256 = hashlib.sha256(adapter["adapter_model.safetensors"]).hexdigest()
+            entry = f"support: {{source: '{web.url}/support', sha256: {sha256}}}"
+            manifest.write_text(f"version: 1\nadapters:\n  {entry}\n")
+            until(lambda: serves(registry, "support", 3.0))
+        finally:
+            may.set()
+            registry.stop()
