@@ -124,7 +124,9 @@ class ServeSettings(EngineSettings):
     )
     download_timeout: float = Field(600.0, gt=0, description="seconds that one download may take")
     allow_runtime_adapters: bool = Field(
-        False, description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter"
+        False,
+        description="let callers change which adapters are served: by /v1/adapters, and by vLLM's and SGLang's load and"
+        " unload calls",
     )
     model_id_style: Literal["prefixed", "bare", "both"] | None = Field(
         None,

@@ -1,6 +1,6 @@
 """What answers look like: typed dictionaries, checked where they are built, and the schemas of /openapi.json."""
 
-from typing import Any, Literal, NotRequired
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -138,6 +138,3 @@ class ErrorBody(TypedDict):
 
 class ErrorEnvelope(TypedDict):
     error: ErrorBody
-
-
-Json = dict[str, Any]
