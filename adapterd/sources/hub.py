@@ -1,16 +1,16 @@
 """The Hugging Face Hub as a place: a revision is looked up once, and every file is then taken from that commit."""
 
-import tempfile
-from pathlib import Path
-
 import huggingface_hub
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from adapterd.errors import SourceMissing
 from adapterd.sources.download import Held, Sink
 from adapterd.sources.source import Source
 
 LOOK_SECONDS = 30.0
+READ_SECONDS = 60.0
+"""How long nothing may come; the whole file has the time that the sink gives it."""
 
 
 class Hub:
@@ -40,20 +40,21 @@ class Hub:
         return Held(source.at(info.sha), info.sha, {n: size for n, size in sizes.items() if "/" not in n})
 
     def fetch(self, held: Held, name: str, sink: Sink) -> None:
+        """Streamed, and not by `hf_hub_download`: that writes the whole file elsewhere first, however long it takes."""
         source = held.source
-        # A directory of its own: huggingface_hub keeps notes beside what it writes, and none of them is an adapter's.
-        with tempfile.TemporaryDirectory(prefix="adapterd-hub-") as directory:
+        url = huggingface_hub.hf_hub_url(
+            source.repository,
+            name,
+            subfolder=source.folder or None,
+            revision=source.revision,
+            endpoint=self._api.endpoint,
+        )
+        # The size that is compared afterwards is the file's, so nothing may be compressed on the way.
+        headers = {**build_hf_headers(), "accept-encoding": "identity"}
+        with get_session().stream("GET", url, headers=headers, timeout=READ_SECONDS) as response:
             try:
-                path = huggingface_hub.hf_hub_download(
-                    source.repository,
-                    name,
-                    subfolder=source.folder or None,
-                    revision=source.revision,
-                    local_dir=directory,
-                    endpoint=self._api.endpoint,
-                )
+                hf_raise_for_status(response)
             except RemoteEntryNotFoundError as error:
                 raise SourceMissing(f"the source {source} holds no {name} any more") from error
-            with Path(path).open("rb") as file:
-                while data := file.read(1 << 20):
-                    sink.write(data)
+            for data in response.iter_bytes():
+                sink.write(data)

@@ -21,6 +21,8 @@ class Reply:
     """The connection ends after so many bytes of the body."""
     delay_seconds: float = 0.0
     """The body comes so much later, or once the server is told to stop."""
+    pause_seconds: float = 0.0
+    """The body comes byte by byte, each so much after the one before, until the server is told to stop."""
 
 
 @dataclass
@@ -55,9 +57,13 @@ def web_server() -> Iterator[Asked]:
 
 @contextmanager
 def hub_server(
-    repository: str, files: Mapping[str, bytes], *, revisions: tuple[str, ...] = ("main",)
+    repository: str,
+    files: Mapping[str, bytes],
+    *,
+    revisions: tuple[str, ...] = ("main",),
+    pause_seconds: float = 0.0,
 ) -> Iterator[Asked]:
-    """What huggingface_hub asks for: the commit and files of a revision, and files of a commit."""
+    """What huggingface_hub asks for: the commit and files of a revision, and files of a commit, as slow as told."""
     asked = Asked()
 
     def answer(path: str) -> Reply:
@@ -79,9 +85,8 @@ def hub_server(
         name = path.removeprefix(prefix)
         if path.startswith(prefix) and name in files:
             etag = f'"{hashlib.sha256(files[name]).hexdigest()}"'
-            return Reply(
-                files[name], headers={"x-repo-commit": COMMIT, "etag": etag, "accept-ranges": "bytes"}
-            )
+            headers = {"x-repo-commit": COMMIT, "etag": etag, "accept-ranges": "bytes"}
+            return Reply(files[name], headers=headers, pause_seconds=pause_seconds)
         code = "EntryNotFound" if path.startswith(prefix) else "RepoNotFound"
         if path.startswith(f"/api/models/{repository}/revision/"):
             code = "RevisionNotFound"
@@ -108,8 +113,12 @@ def _listening(asked: Asked, answer: Callable[[str], Reply]) -> Iterator[str]:
             if self.command == "GET":
                 if reply.delay_seconds:
                     asked.stop.wait(reply.delay_seconds)
+                body = reply.body[: reply.cut_at]
                 with contextlib.suppress(ConnectionError):
-                    self.wfile.write(reply.body[: reply.cut_at])
+                    while reply.pause_seconds and body and not asked.stop.wait(reply.pause_seconds):
+                        self.wfile.write(body[:1])
+                        body = body[1:]
+                    self.wfile.write(body)
                 if reply.cut_at is not None:
                     self.close_connection = True
 

@@ -1,6 +1,8 @@
 """Files come over real connections; only an object store stands for itself, as fsspec's own in memory."""
 
 import hashlib
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,6 +162,26 @@ def test_a_hub_revision_is_looked_up_once_and_its_commit_fetched(into: Path) -> 
             fetcher.look(source("hf://acme/support@nowhere"))
         with pytest.raises(SourceMissing, match="no such repository"):
             fetcher.look(source("hf://acme/other"))
+
+
+def test_a_file_of_the_hub_that_trickles_is_given_up_in_time(into: Path) -> None:
+    with hub_server("acme/support", FILES, pause_seconds=0.01) as hub:
+        fetcher = downloader("hf://acme/*", timeout_seconds=0.5, places={"hf": lambda: Hub(hub.url)})
+        held = fetcher.look(source("hf://acme/support"))
+        began = time.monotonic()
+        with pytest.raises(SourceFailed, match="took too long"):
+            fetcher.fetch(held, into)
+        # The whole file would take more than a minute.
+        assert time.monotonic() - began < 20
+
+
+def test_a_file_of_the_hub_is_written_where_it_is_wanted_and_nowhere_else(
+    into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(into / "nowhere"))
+    with hub_server("acme/support", FILES) as hub:
+        fetcher = downloader("hf://acme/*", places={"hf": lambda: Hub(hub.url)})
+        assert fetcher.fetch(fetcher.look(source("hf://acme/support")), into) == HASHES
 
 
 def test_an_object_stores_prefix_is_fetched(into: Path) -> None:
