@@ -18,6 +18,7 @@ RULES: dict[str, Rule] = {
         pod_rules.grace,
         pod_rules.settings,
         pod_rules.memory,
+        pod_rules.downloads,
         pod_rules.images,
         pod_rules.isolation,
         pod_rules.jobs,

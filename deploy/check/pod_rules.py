@@ -15,6 +15,8 @@ MIN_STARTUP_SECONDS = 120
 REPOSITORY = Path(__file__).parents[2]
 SHARED_IN_IMAGE = "/opt/adapterd/share"
 """Where the image holds what of the repository it carries beside the package."""
+DEFAULT_CACHE = Path("/tmp/.cache/adapterd")
+"""Where a daemon of the image keeps downloads unless it is told otherwise: its HOME is /tmp."""
 
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 _UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -226,6 +228,30 @@ def memory(manifests: Manifests) -> Iterator[str]:
 def quantity(text: str) -> float:
     unit = text[-2:]
     return float(text[:-2]) * _UNITS[unit] if unit in _UNITS else float(text)
+
+
+def downloads(manifests: Manifests) -> Iterator[str]:
+    """Adapters that the daemon fetches itself are kept in a volume that holds as many bytes as it may keep."""
+    for pod, container in manifests.settings_containers():
+        found = _settings_or_none(container)
+        if not isinstance(found, ServeSettings):
+            continue
+        patterns = (*found.allow_source, *found.resolve)
+        if not any("://" in pattern and not pattern.startswith("file:") for pattern in patterns):
+            continue
+        cache, mounts = found.cache or DEFAULT_CACHE, container.get("volumeMounts", [])
+        holding = [mount for mount in mounts if cache.is_relative_to(mount["mountPath"])]
+        if not holding:
+            yield f"{pod.where}: keeps downloads in {cache}, which lies in no volume"
+            continue
+        name = max(holding, key=lambda mount: len(mount["mountPath"]))["name"]
+        (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == name]
+        limit = volume.get("emptyDir", {}).get("sizeLimit")
+        if limit is not None and quantity(limit) < found.cache_size:
+            yield (
+                f"{pod.where}: may keep {found.cache_size} bytes of downloads in volume {name!r}, which holds {limit};"
+                " set ADAPTERD_CACHE to a volume of their own, and ADAPTERD_CACHE_SIZE"
+            )
 
 
 def images(manifests: Manifests) -> Iterator[str]:

@@ -103,6 +103,16 @@ def env(variable: str, value: str | None) -> Break:
     return change
 
 
+def fetching(**environ: str) -> Break:
+    """The daemon fetches adapters of the Hub itself, with these variables."""
+
+    def change(manifests: Manifests) -> None:
+        for variable, value in {"ADAPTERD_ALLOW_SOURCE": "hf://acme/*", **environ}.items():
+            env(variable, value)(manifests)
+
+    return change
+
+
 def picker(old: str, new: str) -> Break:
     def change(manifests: Manifests) -> None:
         config = next(o for o in manifests.of("ConfigMap") if "picker" in o["metadata"]["name"])
@@ -224,6 +234,8 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("memory", "base", put("Deployment", f"{FIRST}.resources.limits", {}), "no memory limit"),
     ("memory", "base", env("ADAPTERD_HOST_MEMORY", None), "left to the node's free memory"),
     ("memory", "base", env("ADAPTERD_KV_MEMORY", "4GiB"), "more than three quarters"),
+    ("downloads", "base", fetching(), "'scratch', which holds 1Gi"),
+    ("downloads", "base", fetching(ADAPTERD_CACHE="/cache"), "lies in no volume"),
     (
         "images",
         "base",
@@ -444,6 +456,12 @@ def test_the_rule_finds_it(
     break_it(broken)
     found = list(RULES[rule](broken))
     assert any(said in sentence for sentence in found), found
+
+
+def test_downloads_that_their_volume_holds_are_let_be(rendered: dict[str, Manifests]) -> None:
+    fine = copy.deepcopy(rendered["base"])
+    fetching(ADAPTERD_CACHE_SIZE="512MiB")(fine)
+    assert list(RULES["downloads"](fine)) == []
 
 
 def test_every_rule_has_a_failing_case() -> None:
