@@ -2,7 +2,7 @@
 
 import huggingface_hub
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, but not listed
 
 from adapterd.errors import SourceMissing
 from adapterd.sources.download import Held, Sink
@@ -51,9 +51,11 @@ class Hub:
         )
         # The size that is compared afterwards is the file's, so nothing may be compressed on the way.
         headers = {**build_hf_headers(), "accept-encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers, timeout=READ_SECONDS) as response:
+        with huggingface_hub.get_session().stream(
+            "GET", url, headers=headers, timeout=READ_SECONDS
+        ) as response:
             try:
-                hf_raise_for_status(response)
+                huggingface_hub.hf_raise_for_status(response)
             except RemoteEntryNotFoundError as error:
                 raise SourceMissing(f"the source {source} holds no {name} any more") from error
             for data in response.iter_bytes():
