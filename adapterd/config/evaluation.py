@@ -72,5 +72,7 @@ class EvalSettings(TaskSettings, EngineSettings):
     json_out: Path | None = Field(None, description="write the report to this file as JSON")
     write_card: bool = Field(False, description="write the result table into the adapter's README.md")
     fail_under: Names = Field(
-        (), description="exit with 3 if a metric of the adapter is lower, as in exact=0.9 or gain=0"
+        (),
+        description="exit with 3 if a metric of the adapter is lower, as in exact=0.9, or the proven gain is not"
+        " higher, as in gain=0",
     )

@@ -12,7 +12,7 @@ from adapterd.evaluation.statistics import Estimate
 
 _EXTRA = {
     "macro_f1": "macro F1 of the labels",
-    "gain": "lower end of the 95 % interval of the gain over the best without training",
+    "gain": "lower end of the 95 % interval of the gain over the best without training: has to be above its limit",
     "general": "the base's loss on general text divided by the adapter's: 1 is nothing forgotten",
 }
 
@@ -56,7 +56,10 @@ def failures(result: Result, limits: Sequence[Limit]) -> list[str]:
     lines = []
     for limit in limits:
         value = _value(result, limit.metric)
-        if not value >= limit.minimum:
+        if limit.metric == "gain" and not value > limit.minimum:
+            # An interval that begins at the limit proves nothing beyond it.
+            lines.append(f"{result.name}: gain is {value:.4f}, not above {limit.minimum:g}")
+        elif not value >= limit.minimum:
             lines.append(f"{result.name}: {limit.metric} is {value:.4f}, under {limit.minimum:g}")
     return lines
 

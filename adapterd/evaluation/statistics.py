@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _Z = 1.959964  # of the 95 % interval
+_CHANCE = 0.05
+"""Differences that chance alone makes this often are not proven: the other side of a 95 % interval."""
 _RESAMPLES = 4000
 _SEED = 20
 _LARGEST_EXACT_TEST = 2000
@@ -33,6 +35,8 @@ class Estimate:
 class Difference:
     """Mean of ours minus theirs over the same `n` rows, its 95 % interval, and how likely chance alone is.
 
+    The interval is the percentile bootstrap's, and holds 0 wherever `p` is 0.05 or more: it claims nothing
+    that the test does not.
     `better`, `worse`: rows that differ, by direction. `test` names what `p` comes from: McNemar's exact test
     where rows are right or wrong, else the sign-flip permutation test.
     """
@@ -97,11 +101,14 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     delta = a - b
     better, worse = int((delta > 0).sum()), int((delta < 0).sum())
-    low, high = _bootstrap_mean(delta)
     if is_binary(a) and is_binary(b):
         p, test = mcnemar(better, worse), "McNemar"
     else:
         p, test = sign_flip(delta), "permutation"
+    low, high = _bootstrap_mean(delta)
+    if p >= _CHANCE:
+        # A bootstrap of rows that all differ alike sees no spread: one row of one would be proof.
+        low, high = min(low, 0.0), max(high, 0.0)
     return Difference(float(delta.mean()), low, high, len(delta), better, worse, p, test)
 
 

@@ -33,14 +33,14 @@ def arm(kind: ArmKind, title: str, num_right: int, general: float = 2.0, wrong: 
     )
 
 
-def result(*arms: ArmResult, metric: str = "label_accuracy") -> Result:
+def result(*arms: ArmResult, metric: str = "label_accuracy", num_rows: int = 40) -> Result:
     return put_together(
         name="x",
         digest="d" * 20,
         base_name="mini",
         data="heldout.jsonl",
         metric=metric,
-        lines=range(1, 41),
+        lines=range(1, num_rows + 1),
         arms=arms,
         notes=(),
     )
@@ -73,6 +73,20 @@ def test_a_gain_that_few_rows_cannot_prove_is_not_proven_and_says_how_many_would
     found = result(BASE, arm("prompted", "mini + prompt", 20), arm("adapter", "mini:x", 21))
     assert found.verdict.outcome == "not_proven"
     assert "rows would" in found.verdict.sentences[0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_rows_too_few_to_exclude_chance_prove_no_gain_though_all_of_them_gained(num_rows: int) -> None:
+    def few(kind: ArmKind, text: str) -> ArmResult:
+        whole = arm(kind, kind, 0)
+        answers = [replace(one, text=text, reference="a") for one in whole.answers[:num_rows]]
+        return replace(whole, answers=tuple(answers), scores=score(Task.of(WANTED), answers))
+
+    found = result(few("base", "no"), few("adapter", "a"), num_rows=num_rows)
+    assert found.best.overall.value == 1
+    assert found.verdict.outcome == "not_proven"
+    assert "some 10 rows would" in found.verdict.sentences[0]
+    assert failures(found, parse_limits(["gain=0"])) == ["x: gain is 0.0000, not above 0"]
 
 
 def test_without_a_prompt_the_report_says_that_none_was_tried() -> None:

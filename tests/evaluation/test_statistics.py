@@ -94,3 +94,18 @@ def test_pairs_narrow_the_interval_of_a_difference() -> None:
 def test_unequal_lengths_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="2 and 1 rows"):
         compare([1.0, 0.0], [1.0])
+
+
+@pytest.mark.parametrize("ours", [[1.0], [1.0] * 5, [0.6] * 5])
+def test_a_few_rows_that_all_gain_alike_prove_nothing(ours: list[float]) -> None:
+    """Their bootstrap has no spread at all; the test says what they are worth."""
+    found = compare(ours, [0.0] * len(ours))
+    assert found.p >= 0.05
+    assert (found.low, found.high) == pytest.approx((0, found.value))
+    lost = compare([0.0] * len(ours), ours)
+    assert (lost.low, lost.high) == pytest.approx((lost.value, 0))
+
+
+def test_one_row_more_proves_what_five_did_not() -> None:
+    found = compare([1.0] * 6, [0.0] * 6)
+    assert (found.p < 0.05, found.low) == (True, 1)
