@@ -70,6 +70,10 @@ class Asker:
         """Whether a prompt leaves room for an answer of `max_tokens`."""
         return len(prompt) + self._max_tokens <= self.max_model_len
 
+    def fits_answer(self, prompt: Sequence[int], row: Row) -> bool:
+        """Whether the row's reference and its end fit the context after a prompt: else nobody could give it."""
+        return len(prompt) + len(answer_ids(row, self._daemon.renderer)) <= self.max_model_len
+
     def answers(
         self,
         rows: Sequence[Row],

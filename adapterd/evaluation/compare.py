@@ -135,7 +135,13 @@ def judge_need(
     name = TITLES[best.metric]
     sentences: list[str] = []
     outcome: Outcome
-    if difference.low > 0 and difference.value >= _WORTH_HAVING:
+    if _value(adapter, best.metric) == _value(best.other, best.metric) == 0:
+        outcome = "not_proven"
+        sentences.append(
+            f"Not proven: {name} is 0 for the adapter and for all without training, so it tells nothing of these"
+            f" {difference.n} rows. Another metric may: --metric."
+        )
+    elif difference.low > 0 and difference.value >= _WORTH_HAVING:
         outcome = "better"
         sentences.append(f"The adapter is better than `{title}`, the best without training: {name} {gain}.")
     elif difference.high < 0:

@@ -146,14 +146,17 @@ def _facts(task: EvalTask) -> str | None:
 
 
 def _longest_rows(asker: Asker, task: EvalTask, base: ResolvedModel) -> list[Row]:
-    """The rows by which one tells whether a longer prompt fits. InvalidRequest if one leaves no room as it is."""
+    """The rows by which one tells whether a longer prompt fits.
+
+    Raises InvalidRequest naming the rows that leave no room for their own answer as they are.
+    """
     prompts = asker.render(task.rows, Prompting(), base)
     by_length = sorted(zip(prompts, task.rows, strict=True), key=lambda pair: -len(pair[0]))
-    full = [row.line for prompt, row in by_length if len(prompt) >= asker.max_model_len]
+    full = [row.line for prompt, row in by_length if not asker.fits_answer(prompt, row)]
     if full:
         raise InvalidRequest(
-            f"{task.data}: the prompts of lines {', '.join(map(str, sorted(full)[:20]))} leave no room for an answer"
-            f" in the context of {asker.max_model_len} tokens",
+            f"{task.data}: the prompts of lines {', '.join(map(str, sorted(full)[:20]))} leave no room in the context"
+            f" of {asker.max_model_len} tokens for their answers",
             param="data",
         )
     return [row for _, row in by_length[:_ROWS_MEASURED]]

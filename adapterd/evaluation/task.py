@@ -12,6 +12,7 @@ from adapterd.evaluation.held_back import NOTE, find_held_back
 from adapterd.evaluation.scoring import TITLES, Task
 from adapterd.render import Renderer
 from adapterd.training.data import Row, encode_row, fold, read_rows
+from adapterd.training.rows import raise_problems
 from adapterd.training.tables import parse_columns
 
 TASK_FILE = "eval.toml"
@@ -67,6 +68,7 @@ def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalT
         rows = read_rows(data, columns=columns)
     rows = rows[: settings.limit]
     references = [reference_of(row, renderer) for row in rows]
+    raise_problems(data, _beyond(rows, renderer, wanted.max_tokens))
     form = read_format(wanted.format_regex, wanted.json_schema)
     if form is not None:
         for row, reference in zip(rows, references, strict=True):
@@ -126,6 +128,21 @@ def read_general(path: Path | None) -> list[str]:
     if not texts:
         raise ConfigError(f"{path} holds no text", param="general")
     return texts
+
+
+def _beyond(rows: Sequence[Row], renderer: Renderer, max_tokens: int) -> list[tuple[int, str]]:
+    """The lines whose reference nobody could give in `max_tokens`, its end included: every arm would be wrong there."""
+    lengths = [(row.line, len(answer_ids(row, renderer))) for row in rows]
+    longest = max(length for _, length in lengths)
+    return [
+        (
+            line,
+            f"the reference answer takes {length} tokens and --max-tokens allows {max_tokens};"
+            f" --max-tokens {longest} is enough for all",
+        )
+        for line, length in lengths
+        if length > max_tokens
+    ]
 
 
 def _system_prompt(settings: TaskSettings) -> str | None:

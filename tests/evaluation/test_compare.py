@@ -89,6 +89,15 @@ def test_rows_too_few_to_exclude_chance_prove_no_gain_though_all_of_them_gained(
     assert failures(found, parse_limits(["gain=0"])) == ["x: gain is 0.0000, not above 0"]
 
 
+def test_a_metric_that_is_0_everywhere_says_nothing_of_the_adapter() -> None:
+    found = result(BASE, arm("prompted", "mini + prompt", 0), arm("adapter", "mini:x", 0))
+    assert found.verdict.outcome == "not_proven"
+    assert found.verdict.sentences[0].startswith(
+        "Not proven: label accuracy is 0 for the adapter and for all"
+    )
+    assert "--metric" in found.verdict.sentences[0]
+
+
 def test_without_a_prompt_the_report_says_that_none_was_tried() -> None:
     found = result(BASE, arm("adapter", "mini:x", 36))
     assert any("No better prompt was tried" in sentence for sentence in found.verdict.sentences)

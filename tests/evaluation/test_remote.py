@@ -150,7 +150,7 @@ def test_peer_and_judge_stand_in_the_report(chat: FakeChat, tmp_path: Path) -> N
         base=str(tmp_path / "base"),
         adapters=(tmp_path / "adapters" / "one",),
         adapter_memory=8 << 20,
-        max_tokens=8,
+        max_tokens=12,
         samples=0,
         shots=0,
         peer_url=chat.url,

@@ -14,7 +14,9 @@ from adapterd.daemon import Daemon
 from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
 from adapterd.evaluation.report import CARD_BEGIN, CARD_END, write_card
 from adapterd.evaluation.run import evaluate
+from adapterd.evaluation.task import answer_ids
 from adapterd.file_names import CONFIG_FILE
+from adapterd.render import Renderer
 from adapterd.training.data import read_rows
 from tests.evaluation.folders import make_folders, row, write_rows
 
@@ -156,7 +158,7 @@ def test_cards_reports_and_pages_show_the_same_and_no_time_in_a_card(folder: Pat
 def test_answers_in_a_page_are_text_and_never_markup(folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [row("<script>alert(1)</script>", "<b>x</b> | y")])
     out = tmp_path / "report.html"
-    text, _ = evaluate(told(folder, adapter=("one",), data=data, html_out=out))
+    text, _ = evaluate(told(folder, adapter=("one",), data=data, html_out=out, max_tokens=20))
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in out.read_text()
     assert "<script" not in out.read_text()
     assert "<b>x</b> \\| y" in text
@@ -195,6 +197,18 @@ def test_rows_that_ask_for_facts_are_told_to_use_retrieval(folder: Path, tmp_pat
     assert any(sentence.startswith("Use retrieval: 5 of 5") for sentence in result["verdict"])
     (result,) = report_of(folder, tmp_path, adapter=("one",))
     assert not any("retrieval" in sentence for sentence in result["verdict"])
+
+
+def test_a_row_whose_reference_the_context_has_no_room_for_is_refused_by_line(folder: Path) -> None:
+    renderer = Renderer.load(folder / "base")
+    asked = read_rows(folder / "adapters" / "one" / "heldout.jsonl")[0]
+    needed = len(renderer.render(asked.prompt)) + len(answer_ids(asked, renderer))
+    some = {"adapter": ("one",), "limit": 1, "shots": 0}
+    evaluate(told(folder, **some, max_model_len=needed))
+    with pytest.raises(
+        InvalidRequest, match=r"prompts of lines 1 leave no room in the context of \d+ tokens"
+    ):
+        evaluate(told(folder, **some, max_model_len=needed - 1))
 
 
 def test_a_missed_limit_is_told_and_a_kept_one_is_not(folder: Path) -> None:

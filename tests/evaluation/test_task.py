@@ -98,6 +98,21 @@ def test_a_reference_that_is_itself_not_valid_is_refused_by_line(folder: Path) -
         read_task(folder, EvalSettings(format_regex=("a",)), RENDERER)
 
 
+def test_references_that_nobody_could_give_in_so_few_tokens_are_refused_by_line(folder: Path) -> None:
+    long = "what takes more than eight tokens"
+    data = write_rows(folder / "long.jsonl", [row("q1", "a"), row("q2", long), row("q3", long[:-6])])
+    needed = len(RENDERER.encode_answer(long)) + 1  # and the stop token
+    with pytest.raises(InvalidRequest) as refusal:
+        read_task(folder, EvalSettings(data=data, max_tokens=8), RENDERER)
+    (second, third) = refusal.value.message.splitlines()
+    assert second.startswith(
+        f"{data}:2: the reference answer takes {needed} tokens and --max-tokens allows 8;"
+    )
+    assert third.startswith(f"{data}:3: ")
+    assert third.endswith(f"--max-tokens {needed} is enough for all")
+    assert len(read_task(folder, EvalSettings(data=data, max_tokens=needed), RENDERER).rows) == 3
+
+
 def test_general_texts_are_paragraphs(tmp_path: Path) -> None:
     assert len(read_general(None)) > 20
     path = tmp_path / "own.txt"

@@ -57,7 +57,7 @@ def test_what_training_says_to_measure_with_measures_the_rows_that_it_held_back(
     with caplog.at_level(logging.INFO):
         directory = train(mapped)
     (command,) = [found for m in caplog.messages if (found := m.removeprefix("measure it: ")) != m]
-    cheap = ["--device", "cpu", "--samples", "0", "--max-tokens", "8", "--shots", "1", "--write-card"]
+    cheap = ["--device", "cpu", "--samples", "0", "--max-tokens", "32", "--shots", "1", "--write-card"]
     out = tmp_path / "report.json"
     assert main([*shlex.split(command)[1:], *cheap, "--json-out", str(out)]) == 0
     (report,) = json.loads(out.read_text())
