@@ -9,7 +9,7 @@ import numpy as np
 
 from adapterd.evaluation.arms import Arm
 from adapterd.evaluation.ask import Cost, Loss
-from adapterd.evaluation.scoring import TITLES, Answer, Kind, Scores, macro_f1
+from adapterd.evaluation.scoring import TITLES, Answer, Kind, Scores, Values, macro_f1
 from adapterd.evaluation.statistics import Difference, Estimate, bootstrap, compare, estimate, ratio_estimate
 
 # A gain of less than a point is not worth an adapter, whatever its interval says.
@@ -47,13 +47,13 @@ class ArmResult:
         return estimate([value for value, own in rows if own == kind and value is not None])
 
     def tag(self, tag: str, metric: str) -> Estimate:
-        return estimate(
-            [
-                value
-                for value, tags in zip(self.scores.values[metric], self.scores.tags, strict=True)
-                if value is not None and tag in tags
-            ]
-        )
+        """Over the rows of the tag; of nothing where the metric says nothing of this arm."""
+        rows = zip(self.values(metric), self.scores.tags, strict=True)
+        return estimate([value for value, tags in rows if value is not None and tag in tags])
+
+    def values(self, metric: str) -> Values:
+        """One value a row; None in all where the metric says nothing of this arm."""
+        return self.scores.values.get(metric, (None,) * len(self.answers))
 
     @property
     def loss(self) -> Estimate | None:
@@ -91,15 +91,17 @@ class Verdict:
     sentences: tuple[str, ...]
 
 
-def compare_arms(adapter: ArmResult, other: ArmResult, metric: str) -> Comparison:
-    """Pairs are the rows of which both arms have a value."""
+def compare_arms(adapter: ArmResult, other: ArmResult, metric: str) -> Comparison | None:
+    """Pairs are the rows of which both arms have a value; None where there is no such row."""
     rows = [
         (ours, theirs, tags)
         for ours, theirs, tags in zip(
-            adapter.scores.values[metric], other.scores.values[metric], adapter.scores.tags, strict=True
+            adapter.values(metric), other.values(metric), adapter.scores.tags, strict=True
         )
         if ours is not None and theirs is not None
     ]
+    if not rows:
+        return None
     names = sorted({tag for _, _, tags in rows for tag in tags})
     return Comparison(
         other=other,
@@ -114,10 +116,13 @@ def compare_arms(adapter: ArmResult, other: ArmResult, metric: str) -> Compariso
     )
 
 
-def best_without_training(results: Sequence[ArmResult], metric: str) -> ArmResult:
-    """The base as it is or with a prompt, whichever is best. Chosen on the same rows, which favours it."""
-    untrained = [result for result in results if result.arm.kind in ("base", "prompted")]
-    return max(untrained, key=lambda result: _value(result, metric))
+def best_without_training(comparisons: Sequence[Comparison]) -> Comparison | None:
+    """With the base as it is or with a prompt, whichever is best. Chosen on the same rows, which favours it.
+
+    None where none of them can be compared.
+    """
+    untrained = [one for one in comparisons if one.other.arm.kind in ("base", "prompted")]
+    return max(untrained, key=lambda one: _value(one.other, one.metric), default=None)
 
 
 def judge_need(

@@ -131,7 +131,8 @@ def time_rows(result: Result) -> Iterator[tuple[str, list[str]]]:
 
 def pair_rows(result: Result) -> Iterator[tuple[str, Difference]]:
     """(against what, difference) of every comparison, by tag where the best without training is concerned."""
-    yield f"`{result.base.arm.title}`", result.against_base.overall
+    if result.against_base is not None:
+        yield f"`{result.base.arm.title}`", result.against_base.overall
     if result.best.other is not result.base:
         yield f"`{result.best.other.arm.title}`, the best without training", result.best.overall
     yield from (
@@ -289,8 +290,7 @@ def _nats(found: Estimate | None) -> str:
 
 
 def _of(arm: ArmResult, metric: str, row: int) -> float:
-    value = arm.scores.values[metric][row]
-    return 0.0 if value is None else value
+    return arm.values(metric)[row] or 0.0
 
 
 def _first(sentences: Sequence[str]) -> Iterator[tuple[bool, str]]:
@@ -314,6 +314,7 @@ def _plain(result: Result) -> dict[str, Any]:
         "against": {
             comparison.other.arm.key: _plain_comparison(comparison)
             for comparison in (result.against_base, result.best, *result.peers)
+            if comparison is not None
         },
         "rows": [
             {

@@ -12,14 +12,15 @@ from adapterd.evaluation.compare import (
     compare_arms,
     judge_need,
 )
+from adapterd.evaluation.scoring import TITLES
 
 
 @dataclass(frozen=True)
 class Result:
     """One adapter and the others over the same rows. Digests and names say what exactly was measured.
 
-    `best`: against the best without training; `against_base`: against the bare base. `notes`: what was left
-    out or should be known, in sentences.
+    `best`: against the best without training; `against_base`: against the bare base, None where no row has a value
+    for both. `notes`: what was left out or should be known, in sentences.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Result:
     adapter: ArmResult
     base: ArmResult
     best: Comparison
-    against_base: Comparison
+    against_base: Comparison | None
     peers: tuple[Comparison, ...]
     verdict: Verdict
     notes: tuple[str, ...]
@@ -53,17 +54,32 @@ def put_together(
     """`arms` hold one base and one adapter, and any number of prompted ones and peers. `facts`: what to say of rows
     that ask for facts.
 
-    Raises ConfigError if the rows have no such metric.
+    An arm that has no value of the metric on any row beside the adapter's is left out of the comparisons, and noted.
+    Raises ConfigError if that leaves nothing without training to compare with.
     """
     adapter = next(result for result in arms if result.arm.kind == "adapter")
-    if metric not in adapter.scores.values:
+    base = next(result for result in arms if result.arm.kind == "base")
+    comparisons: list[Comparison] = []
+    left_out: list[str] = []
+    for other in arms:
+        if other is adapter:
+            continue
+        comparison = compare_arms(adapter, other, metric)
+        if comparison is not None:
+            comparisons.append(comparison)
+        else:
+            left_out.append(
+                f"`{other.arm.title}` is not compared: on no row are there its value and the adapter's of"
+                f" {TITLES[metric]}."
+            )
+    best = best_without_training(comparisons)
+    if best is None:
         raise ConfigError(
-            f"--metric: the rows of {name} have no {metric!r}; they have {', '.join(adapter.scores.values)}",
+            f"--metric: the rows of {name} have no {metric!r} to compare by; they have"
+            f" {', '.join(adapter.scores.metrics)}",
             param="metric",
         )
-    base = next(result for result in arms if result.arm.kind == "base")
-    best = compare_arms(adapter, best_without_training(arms, metric), metric)
-    peers = [compare_arms(adapter, result, metric) for result in arms if result.arm.kind == "peer"]
+    peers = [one for one in comparisons if one.other.arm.kind == "peer"]
     num_prompted = sum(result.arm.kind == "prompted" for result in arms)
     return Result(
         name=name,
@@ -76,8 +92,8 @@ def put_together(
         adapter=adapter,
         base=base,
         best=best,
-        against_base=compare_arms(adapter, base, metric),
+        against_base=next((one for one in comparisons if one.other is base), None),
         peers=tuple(peers),
         verdict=judge_need(adapter, best, num_prompted=num_prompted, peers=peers, base=base, facts=facts),
-        notes=tuple(notes),
+        notes=(*notes, *left_out),
     )

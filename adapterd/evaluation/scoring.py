@@ -70,6 +70,11 @@ class Scores:
     kinds: tuple[Kind, ...]
     tags: tuple[tuple[str, ...], ...]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that some row has a value of."""
+        return tuple(name for name, row in self.values.items() if any(value is not None for value in row))
+
     def with_values(self, metric: str, row: Sequence[float | None]) -> "Scores":
         """The same with one more metric, measured elsewhere."""
         return replace(self, values={**self.values, metric: tuple(row)})

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,8 @@ from adapterd.evaluation.arms import Arm, ArmKind, Prompting
 from adapterd.evaluation.ask import Cost, Loss
 from adapterd.evaluation.compare import ArmResult
 from adapterd.evaluation.gate import failures, parse_limits
-from adapterd.evaluation.report import card_block, confusion, differing_rows
+from adapterd.evaluation.html import as_html
+from adapterd.evaluation.report import as_json, card_block, confusion, differing_rows
 from adapterd.evaluation.result import Result, put_together
 from adapterd.evaluation.scoring import Answer, Task, score
 
@@ -165,3 +167,33 @@ def test_a_limit_on_what_the_rows_do_not_have_is_refused(text: str) -> None:
 def test_a_metric_that_the_rows_do_not_have_cannot_decide() -> None:
     with pytest.raises(ConfigError, match="have no 'chrf'"):
         result(BASE, arm("adapter", "mini:x", 36), metric="chrf")
+
+
+def with_values(one: ArmResult, metric: str, values: list[float | None]) -> ArmResult:
+    return replace(one, scores=one.scores.with_values(metric, values))
+
+
+def test_an_arm_without_the_deciding_metric_is_left_out_and_noted() -> None:
+    """A peer is not drawn from with several seeds, so it has no consistency."""
+    steady = with_values(arm("adapter", "mini:x", 30), "consistency", [1.0] * 40)
+    base = with_values(BASE, "consistency", [0.5] * 40)
+    found = result(base, steady, arm("peer", "large", 30), metric="consistency")
+    assert (found.best.other, found.peers) == (base, ())
+    assert found.notes[0].startswith("`large` is not compared")
+    assert "| first | 20 | 50.0% | 100.0% (" in card_block(found)
+    assert list(json.loads(as_json([found]))[0]["against"]) == ["mini"]
+    assert "large" in as_html([found])
+
+
+def test_an_arm_that_the_judge_graded_no_common_row_of_is_left_out() -> None:
+    graded: list[float | None] = [1.0] * 20 + [None] * 20
+    ours = with_values(arm("adapter", "mini:x", 30), "judge", graded)
+    never = with_values(BASE, "judge", [None] * 20 + [1.0] * 20)
+    prompted = with_values(arm("prompted", "mini + prompt", 5), "judge", [0.0] * 40)
+    found = result(never, prompted, ours, metric="judge")
+    assert (found.against_base, found.best.other, found.best.overall.n) == (None, prompted, 20)
+    assert found.notes[0].startswith("`mini` is not compared")
+    assert "| `mini + prompt`, the best without training | 20 | +100.0 |" in card_block(found)
+    assert list(json.loads(as_json([found]))[0]["against"]) == ["mini + prompt"]
+    with pytest.raises(ConfigError, match=r"have no 'judge' to compare by; they have .*judge"):
+        result(never, ours, metric="judge")
