@@ -91,15 +91,18 @@ class JsonFormat:
         return self.slots(text) is not None
 
     def slots(self, text: str) -> Slots | None:
-        parsed = _parse(text)
-        if parsed is None or not self._validator.is_valid(parsed[0]):
-            return None
-        return dict(_leaves(parsed[0], ""))
+        parsed = self._valid(text)
+        return None if parsed is None else dict(_leaves(parsed[0], ""))
 
     def same(self, text: str, reference: str) -> bool:
-        """As values: the order of keys and white space mean nothing in JSON."""
+        """Both valid, and the same value: the order of keys, white space and 1.0 for 1 mean nothing in JSON."""
+        given, wanted = self._valid(text), self._valid(reference)
+        return given is not None and wanted is not None and _written(given[0]) == _written(wanted[0])
+
+    def _valid(self, text: str) -> tuple[Any] | None:
+        """The value in a tuple, since null is a value too; None where it is no JSON or does not satisfy the schema."""
         parsed = _parse(text)
-        return parsed is not None and parsed == _parse(reference)
+        return parsed if parsed is not None and self._validator.is_valid(parsed[0]) else None
 
 
 def read_format(patterns: Sequence[str], json_schema: Path | None) -> AnswerFormat | None:
@@ -120,9 +123,20 @@ def _parse(text: str) -> tuple[Any] | None:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        return (json.loads(text, parse_constant=refuse),)
+        return (json.loads(text, parse_constant=refuse, parse_float=_number),)
     except (ValueError, RecursionError):
         return None
+
+
+def _number(text: str) -> float | int:
+    """1.0 and 1 are one number in JSON."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _written(value: Any) -> str:
+    """One text for each value. Compared as Python has them, true would be 1."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
@@ -131,5 +145,5 @@ def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
     elif isinstance(value, list) and value:
         parts = ((str(index), item) for index, item in enumerate(value))  # type: ignore[assignment]
     else:
-        return [(path, json.dumps(value, ensure_ascii=False, sort_keys=True))]
+        return [(path, _written(value))]
     return [leaf for key, item in parts for leaf in _leaves(item, f"{path}.{key}".removeprefix("."))]

@@ -65,6 +65,29 @@ def test_null_is_a_value_and_not_a_failure_to_parse(tmp_path: Path) -> None:
     assert not JsonFormat(path).same("no json", "null")
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "same"),
+    [
+        ('{"urgent": 1}', '{"urgent": true}', False),  # Python calls them equal
+        ('{"urgent": [0]}', '{"urgent": [false]}', False),
+        ('{"urgent": 1.0}', '{"urgent": 1}', True),
+        ('{"a.b": 1}', '{"a": {"b": 1}}', False),
+    ],
+)
+def test_the_same_is_the_same_value_of_json(text: str, reference: str, same: bool, tmp_path: Path) -> None:
+    path = tmp_path / "any.json"
+    path.write_text("{}")
+    assert JsonFormat(path).same(text, reference) is same
+
+
+def test_an_answer_that_is_not_valid_is_never_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "flag.json"
+    path.write_text('{"properties": {"urgent": {"type": "boolean"}}}')
+    form = JsonFormat(path)
+    assert form.same('{"urgent": true}', '{ "urgent":true }')
+    assert not form.same('{"urgent": 1}', '{"urgent": 1}')
+
+
 def test_what_is_no_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     with pytest.raises(ConfigError, match="cannot read"):
