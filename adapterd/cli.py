@@ -175,13 +175,14 @@ def estimate(flags: dict[str, Any]) -> int:
 def evaluate(flags: dict[str, Any]) -> int:
     settings = _settings(EvalSettings, flags)
 
-    from adapterd.evaluation.run import evaluate
+    from adapterd.evaluation.run import evaluate, write_files
 
-    report, missed = evaluate(settings)
-    print(report)
-    for line in missed:
+    found = evaluate(settings)
+    print(found.report, flush=True)  # before any file: what hours have found is not lost to a full disk
+    write_files(found, settings)
+    for line in found.missed:
         print(f"adapterd: {line}", file=sys.stderr)
-    return EXIT_GATE if missed else 0
+    return EXIT_GATE if found.missed else 0
 
 
 def pull(flags: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from adapterd.errors import ConfigError
 from adapterd.evaluation.compare import ArmResult
 from adapterd.evaluation.result import Result
-from adapterd.evaluation.scoring import TITLES
+from adapterd.evaluation.scoring import TITLES, Scores
 from adapterd.evaluation.statistics import Estimate
 
 _EXTRA = {
@@ -51,12 +51,25 @@ def parse_limits(texts: Sequence[str]) -> list[Limit]:
     return limits
 
 
+def check_limits(name: str, scores: Scores, limits: Sequence[Limit]) -> None:
+    """Raises ConfigError for a limit on what the rows of the adapter `name` have no figure of."""
+    for limit in limits:
+        if limit.metric not in ("gain", "general") and not _has(scores, limit.metric):
+            known = [*scores.metrics, *(f"slots:{key}" for key in scores.by_slot)]
+            raise ConfigError(
+                f"--fail-under: the rows of {name} have no {limit.metric!r}; they have {', '.join(known)}",
+                param="fail_under",
+            )
+
+
 def failures(result: Result, limits: Sequence[Limit]) -> list[str]:
-    """A line for each limit that is missed. Raises ConfigError for a metric that these rows do not have."""
+    """A line for each limit that is missed, or that there is no figure for: a judge may have graded nothing."""
     lines = []
     for limit in limits:
         value = _value(result, limit.metric)
-        if limit.metric == "gain" and not value > limit.minimum:
+        if math.isnan(value):
+            lines.append(f"{result.name}: there is no {limit.metric}, so it is not {limit.minimum:g} or more")
+        elif limit.metric == "gain" and not value > limit.minimum:
             # An interval that begins at the limit proves nothing beyond it.
             lines.append(f"{result.name}: gain is {value:.4f}, not above {limit.minimum:g}")
         elif not value >= limit.minimum:
@@ -64,7 +77,21 @@ def failures(result: Result, limits: Sequence[Limit]) -> list[str]:
     return lines
 
 
+def _has(scores: Scores, metric: str) -> bool:
+    name, tag, slot = _parts(metric)
+    if slot:
+        return slot in scores.by_slot
+    if name == "macro_f1":
+        return any(pair is not None for pair in scores.labels)
+    values = scores.values.get(name, (None,) * len(scores.tags))
+    return any(
+        value is not None and (not tag or tag in tags)
+        for value, tags in zip(values, scores.tags, strict=True)
+    )
+
+
 def _value(result: Result, metric: str) -> float:
+    """NaN where there is none."""
     if metric == "gain":
         return result.best.overall.low
     if metric == "general":
@@ -73,22 +100,21 @@ def _value(result: Result, metric: str) -> float:
         assert theirs is not None, "the base is local"
         return theirs.value / ours.value
     found = _estimate(result.adapter, metric)
-    if found is None or not found.n:
-        scores = result.adapter.scores
-        known = [*scores.values, *(f"slots:{key}" for key in scores.by_slot)]
-        raise ConfigError(
-            f"--fail-under: the rows of {result.name} have no {metric!r}; they have {', '.join(known)}",
-            param="fail_under",
-        )
-    return found.value
+    return math.nan if found is None else found.value
 
 
 def _estimate(adapter: ArmResult, metric: str) -> Estimate | None:
     """Of `exact`, `slots:Category` or `exact@edge`; None if the rows have no such thing."""
-    name, _, tag = metric.partition("@")
-    name, _, slot = name.partition(":")
+    name, tag, slot = _parts(metric)
     if slot:
         return adapter.slot(slot) if slot in adapter.scores.by_slot else None
     if tag:
-        return adapter.tag(tag, name) if name in adapter.scores.values else None
+        return adapter.tag(tag, name)
     return adapter.estimate(name)
+
+
+def _parts(metric: str) -> tuple[str, str, str]:
+    """Name, tag and slot of `exact`, `exact@edge` and `slots:Category`; "" for what is not there."""
+    name, _, tag = metric.partition("@")
+    name, _, slot = name.partition(":")
+    return name, tag, slot

@@ -4,17 +4,13 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from adapterd.errors import ConfigError
 from adapterd.evaluation.compare import ArmResult, Comparison
 from adapterd.evaluation.result import Result
 from adapterd.evaluation.scoring import TITLES, squeeze
 from adapterd.evaluation.statistics import Difference, Estimate
 
-CARD_FILE = "README.md"
-CARD_BEGIN, CARD_END = "<!-- results:begin -->", "<!-- results:end -->"
 OTHER_LABEL = "(none of them)"
 
 _KIND_TITLES = {
@@ -59,16 +55,6 @@ def card_block(result: Result) -> str:
     for table in (_tags_table(result), _confusion_table(result)):
         lines += ["", *table] if table else []
     return "\n".join(lines)
-
-
-def write_card(path: Path, block: str) -> None:
-    """Replace what stands between the result markers of a model card. Raises ConfigError if it has none."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    head, begin, rest = text.partition(CARD_BEGIN)
-    _, end, tail = rest.partition(CARD_END)
-    if not begin or not end:
-        raise ConfigError(f"{path} has no {CARD_BEGIN} ... {CARD_END} to write the results between")
-    path.write_text(f"{head}{CARD_BEGIN}\n{block}\n{CARD_END}{tail}", encoding="utf-8")
 
 
 def as_json(results: Sequence[Result]) -> str:

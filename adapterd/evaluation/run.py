@@ -5,25 +5,28 @@ The local arms run on the engine that serves, one arm at a time so that each one
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterd.composition import ResolvedModel
 from adapterd.config import EvalSettings, flag
 from adapterd.daemon import Daemon
 from adapterd.entries import AdapterEntry
-from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
+from adapterd.errors import AdapterRefused, ConfigError, ModelNotFound
 from adapterd.evaluation.arms import Arm, Prompting, choose_shots, prompted_arms
 from adapterd.evaluation.ask import Asker
+from adapterd.evaluation.beforehand import check_figures, check_places, check_rows
 from adapterd.evaluation.compare import ArmResult
-from adapterd.evaluation.gate import failures, parse_limits
+from adapterd.evaluation.gate import Limit, failures, parse_limits
 from adapterd.evaluation.html import as_html
+from adapterd.evaluation.output import check_card, write_card, write_file
 from adapterd.evaluation.remote import Endpoint, Judge, ask_peer
-from adapterd.evaluation.report import CARD_FILE, as_json, as_markdown, card_block, write_card
+from adapterd.evaluation.report import as_json, as_markdown, card_block
 from adapterd.evaluation.result import Result, put_together
 from adapterd.evaluation.scoring import score
 from adapterd.evaluation.task import EvalTask, read_general, read_task
 from adapterd.training.advice import facts_beyond_rows
+from adapterd.training.card import CARD_FILE
 from adapterd.training.data import Row
 
 _logger = logging.getLogger(__name__)
@@ -34,11 +37,25 @@ _ROWS_SAMPLED = 100
 """Rows whose agreement over seeds is measured: enough for a share, and each costs several answers."""
 
 
-def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
-    """Evaluate every adapter asked for: the report as Markdown, and a line for each missed `--fail-under`.
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was found. `folders`: the adapters', in the order of the results.
 
-    Writes the files that are asked for. Raises ConfigError, ModelNotFound, AdapterRefused, InvalidRequest for
-    bad rows, and Unavailable if a peer or the judge does not answer.
+    `report`: as Markdown; `missed`: a line for each missed `--fail-under`.
+    """
+
+    results: tuple[Result, ...]
+    folders: tuple[Path, ...]
+    report: str
+    missed: tuple[str, ...]
+
+
+def evaluate(settings: EvalSettings) -> Evaluation:
+    """Evaluate every adapter asked for. Writes nothing: see `write_files`.
+
+    Whatever can be seen before anybody is asked is refused before: ConfigError, ModelNotFound, AdapterRefused, and
+    InvalidRequest for bad rows. Raises Unavailable if a peer or the judge does not answer, and ConfigError if the judge
+    was to decide and graded too little.
     """
     if not settings.adapters:
         raise ConfigError(
@@ -49,30 +66,54 @@ def evaluate(settings: EvalSettings) -> tuple[str, list[str]]:
     general = read_general(settings.general)
     peers = _peers(settings)
     judge = _judge(settings)
+    check_places(settings)
     daemon = Daemon.build(settings)
     daemon.registry.start()
     try:
         daemon.registry.wait_loaded(_LOAD_TIMEOUT_SECONDS)
         entries = _chosen(daemon.registry.list(), settings.adapter)
-        tasks = [read_task(entry.path, settings, daemon.renderer) for entry in entries]
+        tasks = [_checked_task(daemon, entry, settings, limits) for entry in entries]
         results = [
             evaluate_adapter(daemon, entry, task, settings, general=general, peers=peers, judge=judge)
             for entry, task in zip(entries, tasks, strict=True)
         ]
     finally:
         daemon.registry.stop()
-    report = as_markdown(results)
+    return Evaluation(
+        results=tuple(results),
+        folders=tuple(entry.path for entry in entries),
+        report=as_markdown(results),
+        missed=tuple(line for result in results for line in failures(result, limits)),
+    )
+
+
+def write_files(found: Evaluation, settings: EvalSettings) -> None:
+    """The reports and cards that the settings ask for. Raises ConfigError for one that cannot be written."""
     for path, text in (
-        (settings.json_out, as_json(results)),
-        (settings.markdown_out, report),
-        (settings.html_out, as_html(results)),
+        (settings.json_out, as_json(found.results)),
+        (settings.markdown_out, found.report),
+        (settings.html_out, as_html(found.results)),
     ):
         if path is not None:
-            _write(path, text)
+            write_file(path, text)
     if settings.write_card:
-        for entry, result in zip(entries, results, strict=True):
-            write_card(entry.path / CARD_FILE, card_block(result))
-    return report, [line for result in results for line in failures(result, limits)]
+        for folder, result in zip(found.folders, found.results, strict=True):
+            write_card(folder / CARD_FILE, card_block(result))
+
+
+def _checked_task(
+    daemon: Daemon, entry: AdapterEntry, settings: EvalSettings, limits: Sequence[Limit]
+) -> EvalTask:
+    task = read_task(entry.path, settings, daemon.renderer)
+    check_figures(entry.name, task, settings, limits)
+    check_rows(task, settings, _asker(daemon, task, settings), daemon.registry.resolve(daemon.spec.name))
+    if settings.write_card:
+        check_card(entry.path / CARD_FILE)
+    return task
+
+
+def _asker(daemon: Daemon, task: EvalTask, settings: EvalSettings) -> Asker:
+    return Asker(daemon, max_tokens=task.max_tokens, max_at_once=settings.max_queue)
 
 
 def evaluate_adapter(
@@ -85,12 +126,8 @@ def evaluate_adapter(
     peers: Sequence[Endpoint] = (),
     judge: Judge | None = None,
 ) -> Result:
-    """Ask every arm every row, and compare. Raises InvalidRequest for rows that do not fit the context."""
-    if peers and any(row.tools for row in task.rows):
-        raise InvalidRequest(
-            f"{task.data}: a peer is not asked rows with tools; leave out --peer-url", param="peer_url"
-        )
-    asker = Asker(daemon, max_tokens=task.max_tokens, max_at_once=settings.max_queue)
+    """Ask every arm every row, and compare. The task's rows have been checked."""
+    asker = _asker(daemon, task, settings)
     base = daemon.registry.resolve(daemon.spec.name)
     adapted = daemon.registry.resolve_waiting(f"{daemon.spec.name}:{entry.name}", _LOAD_TIMEOUT_SECONDS)
     shots = choose_shots(task.train, task.task, number=task.num_shots, apart_from=task.rows)
@@ -146,19 +183,9 @@ def _facts(task: EvalTask) -> str | None:
 
 
 def _longest_rows(asker: Asker, task: EvalTask, base: ResolvedModel) -> list[Row]:
-    """The rows by which one tells whether a longer prompt fits.
-
-    Raises InvalidRequest naming the rows that leave no room for their own answer as they are.
-    """
+    """The rows by which one tells whether a longer prompt fits."""
     prompts = asker.render(task.rows, Prompting(), base)
     by_length = sorted(zip(prompts, task.rows, strict=True), key=lambda pair: -len(pair[0]))
-    full = [row.line for prompt, row in by_length if not asker.fits_answer(prompt, row)]
-    if full:
-        raise InvalidRequest(
-            f"{task.data}: the prompts of lines {', '.join(map(str, sorted(full)[:20]))} leave no room in the context"
-            f" of {asker.max_model_len} tokens for their answers",
-            param="data",
-        )
     return [row for _, row in by_length[:_ROWS_MEASURED]]
 
 
@@ -273,12 +300,3 @@ def _chosen(entries: Sequence[AdapterEntry], names: Sequence[str]) -> list[Adapt
         if entry.id is None:
             raise AdapterRefused(entry.error or f"adapter {entry.name!r} did not load in time")
     return chosen
-
-
-def _write(path: Path, text: str) -> None:
-    """Raises ConfigError for a place that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

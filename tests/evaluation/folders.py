@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from adapterd.adapter_writer import write_adapter
-from adapterd.evaluation.report import CARD_BEGIN, CARD_END
+from adapterd.config import EvalSettings
+from adapterd.evaluation.run import Evaluation, evaluate, write_files
+from adapterd.training.card import RESULTS_BEGIN, RESULTS_END
 from tests.tiny import tiny_llama
 
 MODULES = {f"model.layers.{layer}.mlp.down_proj": (32, 48) for layer in range(2)}
@@ -43,4 +45,11 @@ def make_folders(directory: Path) -> None:
         asked = [row(f"Ticket {i}", "A: 1\nB: 2", *(["edge"] if i == 0 else [])) for i in range(5 + seed)]
         write_rows(folder / "heldout.jsonl", asked)
         write_rows(folder / "train.jsonl", [row(f"Old ticket {i}", f"A: {i}\nB: 2") for i in range(4)])
-        (folder / "README.md").write_text(f"# {name}\n\n{CARD_BEGIN}\nold\n{CARD_END}\n\nAfter.\n")
+        (folder / "README.md").write_text(f"# {name}\n\n{RESULTS_BEGIN}\nold\n{RESULTS_END}\n\nAfter.\n")
+
+
+def evaluate_and_write(settings: EvalSettings) -> Evaluation:
+    """As the command does."""
+    found = evaluate(settings)
+    write_files(found, settings)
+    return found

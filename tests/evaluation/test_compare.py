@@ -8,7 +8,7 @@ from adapterd.errors import ConfigError
 from adapterd.evaluation.arms import Arm, ArmKind, Prompting
 from adapterd.evaluation.ask import Cost, Loss
 from adapterd.evaluation.compare import ArmResult
-from adapterd.evaluation.gate import failures, parse_limits
+from adapterd.evaluation.gate import check_limits, failures, parse_limits
 from adapterd.evaluation.html import as_html
 from adapterd.evaluation.report import as_json, card_block, confusion, differing_rows
 from adapterd.evaluation.result import Result, put_together
@@ -161,7 +161,19 @@ def test_what_is_no_limit_is_refused(text: str) -> None:
 def test_a_limit_on_what_the_rows_do_not_have_is_refused(text: str) -> None:
     found = result(BASE, arm("adapter", "mini:x", 36))
     with pytest.raises(ConfigError, match="have no"):
-        failures(found, parse_limits([text]))
+        check_limits("x", found.adapter.scores, parse_limits([text]))
+
+
+def test_limits_on_what_the_rows_have_are_accepted() -> None:
+    found = result(BASE, arm("adapter", "mini:x", 36))
+    texts = ["macro_f1=0.9", "label_accuracy@first=1", "gain=0", "general=1", "stopped=1"]
+    check_limits("x", found.adapter.scores, parse_limits(texts))
+
+
+def test_a_limit_that_nothing_was_measured_for_is_missed() -> None:
+    ungraded = with_values(arm("adapter", "mini:x", 36), "judge", [None] * 40)
+    found = result(BASE, ungraded)
+    assert failures(found, parse_limits(["judge=0"])) == ["x: there is no judge, so it is not 0 or more"]
 
 
 def test_a_metric_that_the_rows_do_not_have_cannot_decide() -> None:

@@ -13,10 +13,9 @@ from adapterd.config import EvalSettings
 from adapterd.errors import ConfigError, Unavailable
 from adapterd.evaluation.arms import Prompting
 from adapterd.evaluation.remote import Endpoint, Judge, ask_peer
-from adapterd.evaluation.run import evaluate
 from adapterd.evaluation.scoring import Answer
 from adapterd.training.data import Row
-from tests.evaluation.folders import make_folders
+from tests.evaluation.folders import evaluate_and_write, make_folders
 
 Chat = list[dict[str, str]]
 
@@ -161,7 +160,7 @@ def test_peer_and_judge_stand_in_the_report(chat: FakeChat, tmp_path: Path) -> N
         judge_model="judge",
         json_out=out,
     )
-    text, _ = evaluate(settings)
+    text = evaluate_and_write(settings).report
     (result,) = json.loads(out.read_text())
     assert result["arms"]["peer:good"]["scores"]["exact"]["value"] == 1
     assert result["arms"]["peer:good"]["scores"]["judge"]["value"] == 1

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -8,17 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapterd.cli import EXIT_USAGE, main
 from adapterd.config import EvalSettings
 from adapterd.core import Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon
 from adapterd.errors import AdapterRefused, ConfigError, InvalidRequest, ModelNotFound
-from adapterd.evaluation.report import CARD_BEGIN, CARD_END, write_card
+from adapterd.evaluation.output import write_card
 from adapterd.evaluation.run import evaluate
 from adapterd.evaluation.task import answer_ids
 from adapterd.file_names import CONFIG_FILE
 from adapterd.render import Renderer
+from adapterd.training.card import RESULTS_BEGIN, RESULTS_END
 from adapterd.training.data import read_rows
-from tests.evaluation.folders import make_folders, row, write_rows
+from tests.evaluation.folders import evaluate_and_write, make_folders, row, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def told(folder: Path, **values: Any) -> EvalSettings:
 
 def report_of(folder: Path, tmp_path: Path, **values: Any) -> list[dict[str, Any]]:
     out = tmp_path / "report.json"
-    evaluate(told(folder, json_out=out, **values))
+    evaluate_and_write(told(folder, json_out=out, **values))
     found: list[dict[str, Any]] = json.loads(out.read_text())
     return found
 
@@ -131,17 +134,18 @@ def test_agreement_over_seeds_is_a_share_of_pairs(folder: Path, tmp_path: Path) 
 
 def test_cards_reports_and_pages_show_the_same_and_no_time_in_a_card(folder: Path, tmp_path: Path) -> None:
     pages = {"markdown_out": tmp_path / "deep" / "report.md", "html_out": tmp_path / "report.html"}
-    text, missed = evaluate(told(folder, write_card=True, **pages))
-    assert missed == []
+    found = evaluate_and_write(told(folder, write_card=True, **pages))
+    assert found.missed == ()
+    text = found.report
     blocks = []
     for name in ("one", "two"):
         card = (folder / "adapters" / name / "README.md").read_text()
-        assert card.startswith(f"# {name}\n\n{CARD_BEGIN}\n")
-        assert card.endswith(f"{CARD_END}\n\nAfter.\n")
+        assert card.startswith(f"# {name}\n\n{RESULTS_BEGIN}\n")
+        assert card.endswith(f"{RESULTS_END}\n\nAfter.\n")
         assert "old" not in card.replace("Old", "")
         assert f"| `base` | `base + 2 shots` | `base:{name}` |" in card
         assert "| edge | 1 |" in card
-        blocks.append(card.partition(f"{CARD_BEGIN}\n")[2].partition(f"\n{CARD_END}")[0])
+        blocks.append(card.partition(f"{RESULTS_BEGIN}\n")[2].partition(f"\n{RESULTS_END}")[0])
         assert blocks[-1] in text
         assert not re.search(r"\d ms", blocks[-1])
     assert "| one request alone, median |" in text
@@ -150,7 +154,7 @@ def test_cards_reports_and_pages_show_the_same_and_no_time_in_a_card(folder: Pat
     assert "base + 2 shots" in html
     assert "A: 1" in html
     assert "http" not in html.replace("http-equiv", "")
-    evaluate(told(folder, write_card=True))
+    evaluate_and_write(told(folder, write_card=True))
     again = [(folder / "adapters" / name / "README.md").read_text() for name in ("one", "two")]
     assert all(block in card for block, card in zip(blocks, again, strict=True))
 
@@ -158,7 +162,7 @@ def test_cards_reports_and_pages_show_the_same_and_no_time_in_a_card(folder: Pat
 def test_answers_in_a_page_are_text_and_never_markup(folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [row("<script>alert(1)</script>", "<b>x</b> | y")])
     out = tmp_path / "report.html"
-    text, _ = evaluate(told(folder, adapter=("one",), data=data, html_out=out, max_tokens=20))
+    text = evaluate_and_write(told(folder, adapter=("one",), data=data, html_out=out, max_tokens=20)).report
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in out.read_text()
     assert "<script" not in out.read_text()
     assert "<b>x</b> \\| y" in text
@@ -171,8 +175,8 @@ def test_only_the_adapters_and_rows_asked_for(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_single_adapter_folder_may_be_given(folder: Path) -> None:
-    text, _ = evaluate(told(folder, adapters=(folder / "adapters" / "one",)))
-    assert text.startswith("# one\n")
+    found = evaluate(told(folder, adapters=(folder / "adapters" / "one",)))
+    assert found.report.startswith("# one\n")
 
 
 def test_examples_that_do_not_fit_the_context_are_left_out_and_said(folder: Path, tmp_path: Path) -> None:
@@ -212,8 +216,8 @@ def test_a_row_whose_reference_the_context_has_no_room_for_is_refused_by_line(fo
 
 
 def test_a_missed_limit_is_told_and_a_kept_one_is_not(folder: Path) -> None:
-    _, missed = evaluate(told(folder, adapter=("one",), fail_under=("exact=0.5", "general=0.0001")))
-    assert missed == ["one: exact is 0.0000, under 0.5"]
+    found = evaluate(told(folder, adapter=("one",), fail_under=("exact=0.5", "general=0.0001")))
+    assert found.missed == ("one: exact is 0.0000, under 0.5",)
 
 
 def test_what_cannot_be_evaluated_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -234,6 +238,51 @@ def test_what_cannot_be_evaluated_is_refused(folder: Path, tmp_path: Path) -> No
             evaluate(told(folder, **values))
 
 
+def test_what_the_settings_get_wrong_is_refused_before_anybody_is_asked(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="adapterd.evaluation")
+    (tmp_path / "file").write_text("")
+    labels = write_rows(tmp_path / "labels.jsonl", [row(f"Post {i}", "ab"[i % 2]) for i in range(6)])
+    make_folders(tmp_path / "more")
+    write_rows(tmp_path / "more" / "adapters" / "two" / "heldout.jsonl", [row("Hello", "Fine.")])
+    two = {"base": str(tmp_path / "more" / "base"), "adapters": (tmp_path / "more" / "adapters",)}
+    cards = make_folders_without_cards(tmp_path / "cards")
+    for values, error, message in (
+        ({"json_out": tmp_path}, ConfigError, "cannot write .*: it is a directory"),
+        ({"html_out": tmp_path / "file" / "report.html"}, ConfigError, "cannot write .*report.html: "),
+        ({"fail_under": ("chrf=0.5",), "data": labels}, ConfigError, "the rows of one have no 'chrf'"),
+        ({"fail_under": ("exact@none=0.5",)}, ConfigError, "have no 'exact@none'"),
+        ({"fail_under": ("judge=0.5",)}, ConfigError, "have no 'judge'"),
+        ({"metric": "slots", **two}, ConfigError, "the rows of two have no 'slots'"),
+        ({"metric": "consistency"}, ConfigError, "have no 'consistency'"),
+        ({"write_card": True, **cards}, ConfigError, r"README.md has no .*results:begin"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(told(folder, **values))
+    assert "asking" not in caplog.text
+    evaluate(told(folder, adapter=("one",), samples=2, metric="consistency"))
+    assert "asking base: 6 rows" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_report_is_shown_though_a_file_of_it_cannot_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cheap = ["--device", "cpu", "--samples", "0", "--shots", "0", "--max-tokens", "12"]
+    asked = ["eval", str(folder / "adapters" / "one"), "--base", str(folder / "base"), *cheap]
+    assert main([*asked, "--json-out", "/dev/full"]) == EXIT_USAGE
+    shown = capsys.readouterr()
+    assert shown.out.startswith("# one\n")
+    assert "cannot write /dev/full: No space left" in shown.err
+
+
+def make_folders_without_cards(directory: Path) -> dict[str, Any]:
+    make_folders(directory)
+    (directory / "adapters" / "two" / "README.md").write_text("# two\n")
+    return {"base": str(directory / "base"), "adapters": (directory / "adapters",)}
+
+
 def test_an_adapter_that_does_not_load_is_refused(tmp_path: Path) -> None:
     make_folders(tmp_path)
     (tmp_path / "adapters" / "one" / CONFIG_FILE).write_text("{")
@@ -243,9 +292,9 @@ def test_an_adapter_that_does_not_load_is_refused(tmp_path: Path) -> None:
 
 def test_card_without_markers_is_refused_and_left_alone(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
-    card.write_text(f"{CARD_END} {CARD_BEGIN}")
+    card.write_text(f"{RESULTS_END} {RESULTS_BEGIN}")
     with pytest.raises(ConfigError, match="results:begin"):
         write_card(card, "block")
-    assert card.read_text() == f"{CARD_END} {CARD_BEGIN}"
+    assert card.read_text() == f"{RESULTS_END} {RESULTS_BEGIN}"
     with pytest.raises(ConfigError, match="results:begin"):
         write_card(tmp_path / "missing.md", "block")

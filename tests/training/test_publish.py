@@ -13,9 +13,8 @@ from adapterd.cli import main
 from adapterd.config import EngineSettings, TrainSettings, load_settings
 from adapterd.daemon import Daemon
 from adapterd.errors import InvalidRequest
-from adapterd.evaluation.report import CARD_BEGIN, CARD_END
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
-from adapterd.training.card import CARD_FILE
+from adapterd.training.card import CARD_FILE, RESULTS_BEGIN, RESULTS_END
 from adapterd.training.curve import CURVE_FILE
 from adapterd.training.data import read_rows
 from adapterd.training.errors import RoundTripFailed
@@ -117,7 +116,7 @@ def test_round_trip_is_proven_and_kept(told: TrainSettings) -> None:
     assert proof["served_loss"] == pytest.approx(proof["trained_loss"], abs=1e-4)
     card = (directory / CARD_FILE).read_text()
     assert "largest difference of a log probability" in card
-    assert card.count(CARD_BEGIN) == card.count(CARD_END) == 1
+    assert card.count(RESULTS_BEGIN) == card.count(RESULTS_END) == 1
     assert f"![loss by step]({CURVE_FILE})" in card
 
 
