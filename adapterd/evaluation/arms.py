@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from adapterd.composition import ResolvedModel
 from adapterd.evaluation.scoring import Task, kind_of, squeeze
-from adapterd.training.data import Row, fold
+from adapterd.training.data import Row, fold, fold_turns
 
 ArmKind = Literal["base", "prompted", "adapter", "peer"]
 Messages = tuple[Mapping[str, Any], ...]
@@ -78,10 +78,10 @@ def prompted_arms(
 def choose_shots(rows: Sequence[Row], task: Task, *, number: int, apart_from: Sequence[Row]) -> list[Row]:
     """`number` training rows as examples: each label or kind of answer in turn, in a fixed random order.
 
-    Rows that ask what a held-out row asks are never among them, nor rows with tools of their own.
+    Rows of which any turn asks what a held-out row asks are never among them, nor rows with tools of their own.
     """
     held_out = {fold(row) for row in apart_from}
-    order = [row for row in rows if fold(row) not in held_out and not row.tools]
+    order = [row for row in rows if held_out.isdisjoint(_shown_prompts(row)) and not row.tools]
     random.Random(_SHOTS_SEED).shuffle(order)
     groups: dict[str, list[Row]] = {}
     for row in order:
@@ -95,6 +95,12 @@ def choose_shots(rows: Sequence[Row], task: Task, *, number: int, apart_from: Se
             if queue and len(chosen) < number:
                 chosen.append(queue.pop(0))
     return chosen
+
+
+def _shown_prompts(row: Row) -> list[str]:
+    """What an example shows the answer to: every turn of the assistant's, whether it was trained on or not."""
+    answers = tuple(message["role"] == "assistant" for message in row.messages)
+    return fold_turns(replace(row, trained=answers))
 
 
 def _name(prompting: Prompting) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from adapterd.evaluation.formats import read_format
 from adapterd.evaluation.held_back import NOTE, find_held_back
 from adapterd.evaluation.scoring import TITLES, Task
 from adapterd.render import Renderer
-from adapterd.training.data import Row, encode_row, fold, read_rows
+from adapterd.training.data import Row, encode_row, fold, fold_turns, read_rows
 from adapterd.training.rows import raise_problems
 from adapterd.training.tables import parse_columns
 
@@ -35,7 +35,7 @@ class EvalTask:
     metric: str
     max_tokens: int
     num_leaked: int
-    """Held-out rows whose prompt is also trained on: their answers prove nothing."""
+    """Held-out rows whose prompt is also trained on, in any turn of a row: their answers prove nothing."""
     notes: tuple[str, ...] = ()
     """What the report is to say about the rows."""
 
@@ -79,7 +79,7 @@ def read_task(folder: Path, settings: EvalSettings, renderer: Renderer) -> EvalT
                     param="format_regex",
                 )
     task = Task.of(references, form)
-    trained = {fold(row) for row in train}
+    trained = {prompt for row in train for prompt in fold_turns(row)}
     return EvalTask(
         data=data,
         rows=tuple(rows),

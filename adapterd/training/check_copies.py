@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adapterd.training.duplicates import NearPair
 from adapterd.training.problems import MAX_EXAMPLES, Finding, count
-from adapterd.training.rows import Row, fold
+from adapterd.training.rows import Row, fold, fold_turns
 from adapterd.training.shapes import excerpt, folded
 
 
@@ -72,7 +72,10 @@ def copy_findings(rows: Sequence[Row], pairs: Sequence[NearPair]) -> Iterator[Fi
 def leak_findings(
     rows: Sequence[Row], heldout: Sequence[Row], groups: Sequence[int], path: Path
 ) -> Iterator[Finding]:
-    """`groups`: of the training rows, then of the held-out ones."""
+    """Training rows that teach, in any turn, the answer to what a held-out row asks last.
+
+    `groups`: of the training rows, then of the held-out ones.
+    """
     exact: list[tuple[Row, Row]] = []
     near: list[tuple[Row, Row]] = []
     folded = {fold(row): row for row in heldout}
@@ -80,8 +83,9 @@ def leak_findings(
     for row, group in zip(heldout, groups[len(rows) :], strict=True):
         first_heldout.setdefault(group, row)
     for row, group in zip(rows, groups, strict=False):
-        if fold(row) in folded:
-            exact.append((row, folded[fold(row)]))
+        asked = next((folded[prompt] for prompt in fold_turns(row) if prompt in folded), None)
+        if asked is not None:
+            exact.append((row, asked))
         elif group in first_heldout:
             near.append((row, first_heldout[group]))
     for level, code, found, what in (

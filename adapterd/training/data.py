@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from adapterd.errors import InvalidRequest
 from adapterd.render import Renderer
-from adapterd.training.duplicates import near_groups
-from adapterd.training.rows import Row, fold, raise_problems, read_rows
+from adapterd.training.duplicates import near_groups, near_pairs
+from adapterd.training.rows import Row, fold, fold_turns, raise_problems, read_rows
 
 __all__ = [
     "Example",
@@ -24,6 +24,7 @@ __all__ = [
     "encode_row",
     "encode_rows",
     "fold",
+    "fold_turns",
     "read_rows",
     "refuse_leaks",
     "split_validation",
@@ -136,33 +137,29 @@ def _after_prompt(message: Any, prompt: Sequence[int], renderer: Renderer) -> st
 def split_validation(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training rows and validation rows: the same for the same rows and seed.
 
-    Rows that ask the same, or nearly the same, go to one side together, so that none is a copy of a trained one.
-    Raises InvalidRequest if there are fewer than two different prompts.
+    Rows that ask the same, or nearly the same, go to one side together, so that none is a copy of a trained one;
+    and rows that share a trained turn, unless that ties too many conversations together. Raises InvalidRequest if
+    there are fewer than two different prompts.
     """
     if len({fold(row) for row in rows}) < 2:
         raise InvalidRequest(
             "the rows hold fewer than two different prompts, so none can be kept for validation"
         )
-    groups = _grouped(rows, near_groups(rows))
-    if len(groups) < 2:
+    wanted = max(1, round(len(rows) * fraction))
+    pairs = list(near_pairs(rows))
+    by_turn, by_prompt = near_groups(rows, pairs, every_turn=True), near_groups(rows, pairs)
+    validation = _hold_back(_grouped(rows, by_turn), wanted, seed)
+    if by_turn != by_prompt and len(validation) < wanted / 2:
+        _logger.warning(
+            "too many conversations share a turn (a greeting?) to keep those on one side; rows with the same last"
+            " prompt are kept together. weight 0 leaves a turn untrained"
+        )
+        validation = _hold_back(_grouped(rows, by_prompt), wanted, seed)
+    if not validation:
         _logger.warning(
             "all %d prompts are near-duplicates of one another; only equal ones are kept together", len(rows)
         )
-        groups = _grouped(rows, [fold(row) for row in rows])
-    random.Random(seed).shuffle(groups)
-    wanted = max(1, round(len(rows) * fraction))
-    chosen: list[list[Row]] = []
-    held = 0
-    for group in groups:
-        # A large group of copies must not swallow the training side.
-        if held < wanted and held + len(group) <= max(wanted * 1.25, 1):
-            chosen.append(group)
-            held += len(group)
-    if not chosen:
-        chosen = [min(groups, key=len)]
-    if len(chosen) == len(groups):
-        chosen.pop()
-    validation = [row for group in chosen for row in group]
+        validation = _hold_back(_grouped(rows, [fold(row) for row in rows]), wanted, seed)
     held_back = {id(row) for row in validation}
     training = [row for row in rows if id(row) not in held_back]
     return sorted(training, key=lambda row: row.line), sorted(validation, key=lambda row: row.line)
@@ -175,14 +172,43 @@ def _grouped(rows: Sequence[Row], keys: Sequence[object]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def refuse_leaks(rows: Sequence[Row], heldout: Sequence[Row], *, path: Path) -> None:
-    """Raises InvalidRequest if a held-out prompt is also trained on: its result would prove nothing."""
-    trained = {fold(row): row.line for row in rows}
+def _hold_back(groups: list[list[Row]], wanted: int, seed: int) -> list[Row]:
+    """The rows of some groups, about as many as wanted; none of a single group, else at least one and never all."""
+    if len(groups) < 2:
+        return []
+    random.Random(seed).shuffle(groups)
+    chosen: list[list[Row]] = []
+    held = 0
+    for group in groups:
+        # A large group of copies must not swallow the training side.
+        if held < wanted and held + len(group) <= max(wanted * 1.25, 1):
+            chosen.append(group)
+            held += len(group)
+    if not chosen:
+        chosen = [min(groups, key=len)]
+    if len(chosen) == len(groups):
+        chosen.pop()
+    return [row for group in chosen for row in group]
+
+
+def refuse_leaks(
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+    *,
+    path: Path,
+    use: str = "trained on",
+    among: str = "the training rows",
+) -> None:
+    """Raises InvalidRequest if what a held-out row asks last is asked in any turn of `rows`: it would prove nothing.
+
+    use, among: what is done with `rows`, and what they are, for the message.
+    """
+    used = {prompt: row.line for row in rows for prompt in fold_turns(row)}
     raise_problems(
         path,
         [
-            (row.line, f"the same prompt is trained on, in line {trained[fold(row)]} of the training rows")
+            (row.line, f"the same prompt is {use}, in line {used[fold(row)]} of {among}")
             for row in heldout
-            if fold(row) in trained
+            if fold(row) in used
         ],
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from adapterd.training.messages import message_text
-from adapterd.training.rows import Row, fold
+from adapterd.training.rows import Row, fold, fold_turns
 
 NEAR = 0.8
 """Rows are near-duplicates if their texts share this part of their shingles (Jaccard)."""
@@ -57,15 +57,19 @@ def near_pairs(rows: Sequence[Row]) -> Iterator[NearPair]:
         index.insert(number, sketch)
 
 
-def near_groups(rows: Sequence[Row], pairs: Iterable[NearPair] | None = None) -> list[int]:
+def near_groups(
+    rows: Sequence[Row], pairs: Iterable[NearPair] | None = None, *, every_turn: bool = False
+) -> list[int]:
     """For each row the first row of its group: all that are equal or near-duplicates, over however many steps.
 
-    pairs: what `near_pairs` found in the same rows, if somebody has asked it already.
+    pairs: what `near_pairs` found in the same rows, if somebody has asked it already. every_turn: rows are of one
+    group too if they share the prompt of any trained turn, not of the last one alone.
     """
     groups = _Groups(len(rows))
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        groups.join(first.setdefault(fold(row), index), index)
+        for prompt in fold_turns(row) if every_turn else [fold(row)]:
+            groups.join(first.setdefault(prompt, index), index)
     for pair in near_pairs(rows) if pairs is None else pairs:
         groups.join(pair.first, pair.second)
     return [groups.root(index) for index in range(len(rows))]

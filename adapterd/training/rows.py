@@ -77,7 +77,17 @@ class RowFile:
 
 def fold(row: Row) -> str:
     """A prompt without its case and spacing: what counts as the same question."""
-    return "\n".join(" ".join(message_text(message).casefold().split()) for message in row.prompt)
+    return fold_turns(row)[-1]
+
+
+def fold_turns(row: Row) -> list[str]:
+    """Every prompt of a row, folded: what stands before each trained turn, and before the last one, in order.
+
+    A row of several turns teaches the answer to each of them, so whoever asks what is trained on asks all of these.
+    """
+    texts = [" ".join(message_text(message).casefold().split()) for message in row.prompt]
+    turns = [index for index, trained in enumerate(row.trained[:-1]) if trained]
+    return ["\n".join(texts[:turn]) for turn in (*turns, len(texts))]
 
 
 def read_rows(path: Path, *, columns: Columns | None = None) -> list[Row]:

@@ -72,3 +72,13 @@ def test_examples_are_dropped_until_they_fit() -> None:
     )
     assert arms == []
     assert "The system prompt does not fit" in notes[0]
+
+
+def test_what_is_asked_is_not_shown_in_an_earlier_turn_either() -> None:
+    first = row(20, "Where is it?", "a")
+    later = ({"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "b"})
+    held_out = [row(99, "where is it?", "a")]
+    for trained in (True, False):
+        both = Row(21, (*first.messages, *later), (False, trained, False, True), ())
+        assert choose_shots([both], TASK, number=5, apart_from=held_out) == []
+    assert choose_shots([both], TASK, number=5, apart_from=[row(99, "Thanks", "b")]) == [both]

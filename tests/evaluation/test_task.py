@@ -82,6 +82,12 @@ def test_without_held_out_rows_those_are_asked_that_training_held_back(folder: P
     assert read_task(folder, told, RENDERER).notes == ()  # a heldout.jsonl is better
 
 
+def test_a_prompt_that_an_earlier_turn_trains_counts_as_leaked(folder: Path) -> None:
+    long = {"messages": [*row("q3", "a")["messages"], *row("and now?", "b")["messages"]]}  # type: ignore[misc]
+    write_rows(folder / "train.jsonl", [row("t", "a"), long])
+    assert read_task(folder, EvalSettings(), RENDERER).num_leaked == 1
+
+
 def test_a_system_prompt_comes_from_one_place(folder: Path) -> None:
     (folder / "p.txt").write_text("Be short.\n")
     assert (

@@ -175,6 +175,17 @@ def test_rows_that_are_held_out_too_are_found(tmp_path: Path, renderer: Renderer
     assert not report.is_usable
 
 
+def test_what_is_held_out_is_found_in_an_earlier_turn_too(tmp_path: Path, renderer: Renderer) -> None:
+    rows, more = good_rows(), chat("And what about that?", "Category: Billing\nPriority: Low")
+    heldout = written(tmp_path / "heldout", [rows[4]])
+    rows[4] = {"messages": [*rows[4]["messages"], *more["messages"]]}
+    report = checked(written(tmp_path / "f", rows), renderer, heldout=heldout)
+    assert found(report)["leak"] == (5,)
+    assert not report.is_usable
+    rows[4]["messages"][1]["weight"] = 0  # then it is not trained
+    assert "leak" not in found(checked(written(tmp_path / "f", rows), renderer, heldout=heldout))
+
+
 def test_low_diversity_and_facts_are_said(tmp_path: Path, renderer: Renderer) -> None:
     same = [
         chat(f"What is the number of item {i * 7919}?", f"The number is {i * 104729}.") for i in range(40)

@@ -13,7 +13,7 @@ from adapterd.training.data import (
     refuse_leaks,
     split_validation,
 )
-from adapterd.training.rows import Row, fold, read_rows, scan_rows
+from adapterd.training.rows import Row, fold, fold_turns, read_rows, scan_rows
 from adapterd.training.tables import parse_columns
 from tests.tiny import byte_level_tokenizer
 
@@ -293,3 +293,44 @@ def test_heldout_prompt_that_is_trained_on_is_refused() -> None:
     refuse_leaks([row("a")], [row("b")], path=Path("heldout.jsonl"))
     with pytest.raises(InvalidRequest, match=r"heldout\.jsonl:5: the same prompt is trained on, in line 2"):
         refuse_leaks([row("Where is it?", 2)], [row("where  is it?", 5)], path=Path("heldout.jsonl"))
+
+
+def conversation(line: int, *questions: str) -> Row:
+    messages = [m for question in questions for m in ({"role": "user", "content": question}, ANSWER)]
+    return Row(line, tuple(messages), tuple(message is ANSWER for message in messages), ())
+
+
+def test_heldout_prompt_that_an_earlier_turn_is_trained_on_is_refused() -> None:
+    heldout = Path("heldout.jsonl")
+    with pytest.raises(InvalidRequest, match=r"heldout\.jsonl:5: the same prompt is trained on, in line 2"):
+        refuse_leaks([conversation(2, "a", "b")], [row("A", 5)], path=heldout)
+    refuse_leaks([row("a", 2)], [conversation(5, "a", "b")], path=heldout)  # of which b is asked
+    untrained = Row(2, conversation(2, "a", "b").messages, (False, False, False, True), ())
+    refuse_leaks([untrained], [row("a", 5)], path=heldout)
+
+
+def test_a_conversation_unrolled_turn_by_turn_stays_on_one_side() -> None:
+    rng = random.Random(1)
+    words = [f"{a}{b}" for a in ("ka", "mo", "ri", "tu", "sol") for b in ("do", "ra", "mel", "fan", "bri")]
+    chats = [[" ".join(rng.choices(words, k=8)) for _ in range(3)] for _ in range(40)]
+    rows = [
+        conversation(3 * number + length, *turns[:length])
+        for number, turns in enumerate(chats)
+        for length in (1, 2, 3)
+    ]
+    training, validation = split_validation(rows, fraction=0.2, seed=0)
+    assert 20 <= len(validation) <= 30
+    assert not {(r.line - 1) // 3 for r in training} & {(r.line - 1) // 3 for r in validation}
+    trained = {prompt for r in training for prompt in fold_turns(r)}
+    assert not trained & {prompt for r in validation for prompt in fold_turns(r)}
+
+
+def test_a_greeting_that_most_conversations_begin_with_does_not_tie_them_together(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [conversation(i, "Hi", f"{i * 12345679} or {i * i * 7919}?") for i in range(100)]
+    rows += [row(f"{i * 104729}: what is that?", 100 + i) for i in range(3)]
+    training, validation = split_validation(rows, fraction=0.2, seed=0)
+    assert 15 <= len(validation) <= 25
+    assert len(training) + len(validation) == 103
+    assert "too many conversations share a turn" in caplog.text

@@ -55,3 +55,11 @@ def test_scripts_without_spaces_are_compared_too() -> None:
     chinese = "我的包裹还没有到请帮我看看它现在在哪里谢谢你们的帮助"
     rows = [row(chinese, 1), row(chinese + "了", 2), row("今天天气很好我们去公园散步吧然后回家吃饭", 3)]
     assert near_groups(rows) == [0, 0, 2]
+
+
+def test_rows_that_share_an_earlier_turn_are_of_one_group_only_if_told_so() -> None:
+    one, other, apart = (row(text, line) for line, text in enumerate(questions(3)))
+    longer = Row(3, (*one.messages, *other.messages), (False, True, False, True), ())
+    rows = [one, other, apart, longer]
+    assert near_groups(rows, []) == [0, 1, 2, 3]
+    assert near_groups(rows, [], every_turn=True) == [0, 1, 2, 0]
