@@ -1,7 +1,8 @@
 """The rows that training held back, found again: for who has one file of rows and no other.
 
-Training keeps no copy of them. It writes down the file's hash and how it was split, and a split is a function of
-rows, fraction and seed.
+Training keeps no copy of them. It writes down the file's hash, how it was split, and a hash of the lines held back. A
+split is a function of rows, fraction and seed, but also of the version that makes it: the hash says if it is the same.
+Adapters of versions that wrote none are taken at their word.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from adapterd.errors import ConfigError
 from adapterd.file_names import SEAL_FILE
-from adapterd.training.data import Row, split_validation
+from adapterd.training.data import Row, lines_sha256, split_validation
 
 NOTE = (
     "These rows were held back from training, which chose its best step by them: the adapter looks a little better"
@@ -23,7 +24,8 @@ NOTE = (
 def find_held_back(folder: Path, data: Path, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The rows of `data` that the adapter in `folder` was trained on, and those that were held back.
 
-    Raises ConfigError if the adapter does not say how it was made, or was made from other rows.
+    Raises ConfigError if the adapter does not say how it was made, was made from other rows, or if training held back
+    others of them than are found now.
     """
     way_out = "name held-out rows with --data"
     seal = _read_seal(folder / SEAL_FILE)
@@ -39,7 +41,14 @@ def find_held_back(folder: Path, data: Path, rows: Sequence[Row]) -> tuple[list[
             f" is not known; {way_out}",
             param="data",
         )
-    return split_validation(rows, fraction=float(split["fraction"]), seed=int(split["seed"]))
+    trained, held_back = split_validation(rows, fraction=float(split["fraction"]), seed=int(split["seed"]))
+    if split.get("lines_sha256", lines_sha256(held_back)) != lines_sha256(held_back):
+        raise ConfigError(
+            f"{folder} has no heldout.jsonl, and its training held back other rows of {data} than are found now (by"
+            f" another version of adapterd, or with another --map), so some of these were trained on; {way_out}",
+            param="data",
+        )
+    return trained, held_back
 
 
 def _read_seal(path: Path) -> dict[str, Any]:

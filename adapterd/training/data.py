@@ -4,6 +4,8 @@ For each assistant turn: the prompt is what the server would render for the mess
 is its words and the token that serving stops on. So what is trained is what will be asked, token for token.
 """
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ __all__ = [
     "encode_rows",
     "fold",
     "fold_turns",
+    "lines_sha256",
     "read_rows",
     "refuse_leaks",
     "split_validation",
@@ -163,6 +166,11 @@ def split_validation(rows: Sequence[Row], *, fraction: float, seed: int) -> tupl
     held_back = {id(row) for row in validation}
     training = [row for row in rows if id(row) not in held_back]
     return sorted(training, key=lambda row: row.line), sorted(validation, key=lambda row: row.line)
+
+
+def lines_sha256(rows: Sequence[Row]) -> str:
+    """Which rows of a file these are: a hash of their lines, by which a split is known again."""
+    return hashlib.sha256(json.dumps([row.line for row in rows]).encode()).hexdigest()
 
 
 def _grouped(rows: Sequence[Row], keys: Sequence[object]) -> list[list[Row]]:

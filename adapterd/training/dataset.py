@@ -11,6 +11,7 @@ from adapterd.training.data import (
     Example,
     dropped_rows,
     encode_rows,
+    lines_sha256,
     read_rows,
     refuse_leaks,
     split_validation,
@@ -21,13 +22,17 @@ from adapterd.training.tables import parse_columns
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is trained on, and what is held back to stop by. `digest` is that of all of it as tokens."""
+    """What is trained on, and what is held back to stop by.
+
+    `digest` is that of all of it as tokens; `data_sha256` of the file, `held_back_sha256` of the lines held back.
+    """
 
     training: list[Example]
     validation: list[Example]
     num_rows: int
     num_validation_rows: int
     data_sha256: str
+    held_back_sha256: str
     digest: str
 
     @property
@@ -42,10 +47,14 @@ def read_dataset(recipe: Recipe, renderer: Renderer, *, max_length: int) -> Data
     """
     columns = parse_columns(recipe.map)
     rows = read_rows(recipe.data, columns=columns)
+    given = [] if recipe.validation is None else read_rows(recipe.validation, columns=columns)
     if recipe.heldout is not None:
-        refuse_leaks(rows, read_rows(recipe.heldout, columns=columns), path=recipe.heldout)
+        heldout = read_rows(recipe.heldout, columns=columns)
+        refuse_leaks(rows, heldout, path=recipe.heldout)
+        # The best step is chosen on the validation rows: what is held out from training is held out from that too.
+        refuse_leaks(given, heldout, path=recipe.heldout, use="validated on", among="the validation rows")
     if recipe.validation is not None:
-        validation_path, validation_rows = recipe.validation, read_rows(recipe.validation, columns=columns)
+        validation_path, validation_rows = recipe.validation, given
         refuse_leaks(rows, validation_rows, path=validation_path)
     else:
         validation_path = recipe.data
@@ -63,6 +72,7 @@ def read_dataset(recipe: Recipe, renderer: Renderer, *, max_length: int) -> Data
         num_rows=len(rows) - len(dropped_rows(rows, training)),
         num_validation_rows=len(validation_rows) - len(dropped_rows(validation_rows, validation)),
         data_sha256=hashlib.sha256(recipe.data.read_bytes()).hexdigest(),
+        held_back_sha256=lines_sha256(validation_rows),
         digest=_digest(training, validation),
     )
 

@@ -110,7 +110,7 @@ class Result:
                 "num_validation_rows": dataset.num_validation_rows,
                 "seed": recipe.seed,
                 # By which `adapterd eval` finds the rows that were held back, if they have no file of their own.
-                **({} if recipe.validation else {"split": _split(recipe)}),
+                **({} if recipe.validation else {"split": _split(recipe, dataset)}),
                 "learning_rate": plan.learning_rate,
                 "use_rslora": recipe.use_rslora,
                 "trained_on": network.quantization
@@ -238,8 +238,12 @@ def _card(result: Result, proof: RoundTrip) -> str:
     )
 
 
-def _split(recipe: Recipe) -> dict[str, float]:
-    return {"fraction": recipe.validation_fraction, "seed": recipe.seed}
+def _split(recipe: Recipe, dataset: Dataset) -> dict[str, float | str]:
+    return {
+        "fraction": recipe.validation_fraction,
+        "seed": recipe.seed,
+        "lines_sha256": dataset.held_back_sha256,
+    }
 
 
 def _hub_revision(directory: Path) -> str | None:

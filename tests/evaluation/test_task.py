@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from adapterd.evaluation.held_back import NOTE
 from adapterd.evaluation.task import read_general, read_task
 from adapterd.file_names import SEAL_FILE
 from adapterd.render import Renderer
-from adapterd.training.data import read_rows, split_validation
+from adapterd.training.data import lines_sha256, read_rows, split_validation
 from tests.evaluation.folders import row, write_rows
 from tests.tiny import byte_level_tokenizer
 
@@ -66,7 +67,7 @@ def test_without_held_out_rows_those_are_asked_that_training_held_back(folder: P
         ConfigError, match=r"does not say which rows were held back; name held-out rows with --data"
     ):
         read_task(mine, told, RENDERER)
-    seal = {
+    seal: dict[str, Any] = {
         "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         "split": {"fraction": 0.2, "seed": 3},
     }
@@ -76,6 +77,14 @@ def test_without_held_out_rows_those_are_asked_that_training_held_back(folder: P
     assert [row.line for row in task.rows] == [row.line for row in held_back]
     assert {row.line for row in task.train}.isdisjoint(row.line for row in held_back)
     assert (task.num_leaked, task.notes) == (0, (NOTE,))
+    lines = lines_sha256(held_back)
+    (mine / SEAL_FILE).write_text(json.dumps({**seal, "split": {**seal["split"], "lines_sha256": lines}}))
+    assert read_task(mine, told, RENDERER).rows == task.rows
+    (mine / SEAL_FILE).write_text(
+        json.dumps({**seal, "split": {**seal["split"], "lines_sha256": lines[::-1]}})
+    )
+    with pytest.raises(ConfigError, match=r"held back other rows of .*rows.jsonl than are found now"):
+        read_task(mine, told, RENDERER)
     data.write_text(data.read_text() + "\n")
     with pytest.raises(ConfigError, match="not the file that it was trained on"):
         read_task(mine, told, RENDERER)

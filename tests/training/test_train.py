@@ -146,7 +146,12 @@ def test_leak_into_heldout_or_validation_is_refused(told: TrainSettings, tmp_pat
     with pytest.raises(InvalidRequest, match=r"leaky\.jsonl:1: the same prompt is trained on"):
         train(but(told, validation=leaky))
     clean = write_rows(tmp_path / "clean.jsonl", num_rows=6, first=100)
-    directory = train(but(told, validation=clean, heldout=clean, epochs=0.2))
+    with pytest.raises(
+        InvalidRequest, match=r"clean\.jsonl:1: the same prompt is validated on, in line 1 of"
+    ):
+        train(but(told, validation=clean, heldout=clean))
+    apart = write_rows(tmp_path / "apart.jsonl", num_rows=6, first=200)
+    directory = train(but(told, validation=clean, heldout=apart, epochs=0.2))
     seal = json.loads((directory / SEAL_FILE).read_text())
     assert (seal["num_rows"], seal["num_validation_rows"]) == (24, 6)
 
