@@ -39,7 +39,7 @@ def parse_limits(texts: Sequence[str]) -> list[Limit]:
         name = metric.partition("@")[0].partition(":")[0]
         if (
             name not in TITLES.keys() | _EXTRA.keys()
-            or (":" in metric and name != "slots")
+            or (":" in metric and (name != "slots" or "@" in metric))
             or ("@" in metric and name not in TITLES)
         ):
             raise ConfigError(

@@ -92,8 +92,8 @@ def _tags(result: Result) -> list[tuple[str, list[dict[str, Any] | None]]]:
 
 def _example(result: Result, row: int) -> Example:
     answer = result.adapter.answers[row]
-    ours = result.adapter.scores.values[result.metric][row] or 0.0
-    theirs = result.best.other.scores.values[result.metric][row] or 0.0
+    ours = result.adapter.values(result.metric)[row] or 0.0
+    theirs = result.best.other.values(result.metric)[row] or 0.0
     return Example(
         line=result.lines[row],
         prompt=answer.prompt,

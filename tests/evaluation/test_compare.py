@@ -150,7 +150,8 @@ def test_limits_read_metrics_slots_tags_and_the_proven_gain() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["exact", "exact=x", "=1", "nonsense=1", "exact:a=1", "gain@first=1", "exact=nan"]
+    "text",
+    ["exact", "exact=x", "=1", "nonsense=1", "exact:a=1", "gain@first=1", "exact=nan", "slots:a@first=1"],
 )
 def test_what_is_no_limit_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--fail-under"):
