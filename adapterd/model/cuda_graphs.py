@@ -20,7 +20,7 @@ from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
 from adapterd.model.launched import LastTokens
 from adapterd.model.lora import Segment
 from adapterd.model.lora_triton import TritonLoraStep
-from adapterd.model.transfer import to_device
+from adapterd.model.transfer import copy_to
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ class DecodeInputs:
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._device = device
         self._max_num_seqs = max_num_seqs
         self._numbers = torch.zeros(5 * max_num_seqs, dtype=torch.long, device=device)
         self._places = torch.zeros(max_num_seqs * (4 + max_blocks), dtype=torch.int32, device=device)
@@ -98,7 +97,7 @@ class DecodeInputs:
         numbers = torch.tensor([*ids, *positions, *slots, *sources])
         places = torch.cat([torch.tensor(tiles, dtype=torch.int32), *(table for _, table in tables.values())])
         for target, source in ((self._numbers[self._max_num_seqs :], numbers), (self._places, places)):
-            target[: len(source)].copy_(to_device(source, self._device), non_blocking=True)
+            copy_to(target[: len(source)], source)
 
 
 Recorder = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]

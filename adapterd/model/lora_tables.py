@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterd.model.lora import LoraBank, Products
+from adapterd.model.transfer import copy_to
 
 logger = logging.getLogger(__name__)
 
@@ -194,14 +195,6 @@ def _doubled(size: int, wanted: int) -> int:
     while size < wanted:
         size *= 2
     return size
-
-
-def copy_to(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Host to device without waiting: torch keeps pinned memory until the copy has run."""
-    if target.device.type == "cuda":
-        target.copy_(source.pin_memory(), non_blocking=True)
-    else:
-        target.copy_(source)
 
 
 def _longer(table: torch.Tensor, size: int) -> torch.Tensor:

@@ -19,7 +19,8 @@ import triton
 from adapterd.model.launch_triton import launch_options, zero_counts
 from adapterd.model.lora import LoraBank, LoraStep, Segment
 from adapterd.model.lora_kernels_triton import expand_kernel, shrink_kernel
-from adapterd.model.lora_tables import RowTables, copy_to
+from adapterd.model.lora_tables import RowTables
+from adapterd.model.transfer import copy_to
 
 BLOCK_ROWS = 16
 """Rank rows at a time: the least that tensor cores take, and the most common rank."""

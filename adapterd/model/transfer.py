@@ -1,4 +1,4 @@
-"""Small things between host and device, without either waiting for the other. On a CPU nothing moves."""
+"""Small things between host and device, without either waiting for the other. On a CPU `to_device` and `Readback` move nothing."""
 
 import torch
 
@@ -15,6 +15,14 @@ def aligned(num_bytes: int) -> int:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Without waiting: torch keeps pinned memory until the copy has run."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def copy_to(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target[:] = source, which lies on the host: `to_device` for what has its place on the device already."""
+    if target.device.type == "cuda":
+        target.copy_(source.pin_memory(), non_blocking=True)
+    else:
+        target.copy_(source)
 
 
 class Readback:
