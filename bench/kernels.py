@@ -94,7 +94,8 @@ def time_lora(
         num_bytes = sum(adapter.num_bytes for adapter in adapters)
         bank = LoraBank(linears, 2 * num_bytes, dtype, device)
         for adapter in adapters:
-            bank.upload(adapter)
+            bank.take(adapter)
+            bank.fill(adapter)
         for num_tokens, num_adapters in SEGMENTS:
             share = num_tokens // num_adapters
             segments = tuple(

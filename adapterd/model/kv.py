@@ -42,7 +42,6 @@ class KVPool:
         num_slots = num_blocks * KV_BLOCK_SIZE
         self.num_blocks = num_blocks
         self.device = device
-        self.num_slots = num_slots
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in shapes.items():

@@ -79,11 +79,6 @@ class LoraBank:
             adapter.edits, self.geometry.page_elements, self._buffer.dtype.itemsize
         )
 
-    def upload(self, adapter: Adapter) -> None:
-        """Both at once, for whoever has nothing else to do."""
-        self.take(adapter)
-        self.fill(adapter)
-
     def take(self, adapter: Adapter) -> None:
         """Set pages aside for an adapter. engine/slots.py has made sure that they suffice."""
         num_pages = self.pages_of(adapter)

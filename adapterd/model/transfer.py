@@ -1,4 +1,4 @@
-"""Small things between host and device, without either waiting for the other. On a CPU `to_device` and `Readback` move nothing."""
+"""Small things between host and device, without either waiting for the other."""
 
 import torch
 
@@ -13,7 +13,7 @@ def aligned(num_bytes: int) -> int:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting: torch keeps pinned memory until the copy has run."""
+    """Without waiting: torch keeps pinned memory until the copy has run. On a CPU nothing moves."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -26,7 +26,10 @@ def copy_to(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class Readback:
-    """Tensors on their way to the host, behind the kernels that make them. `begin` each, `close`, and `wait` later."""
+    """Tensors on their way to the host, behind the kernels that make them. `begin` each, `close`, and `wait` later.
+
+    On a CPU they are there already.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -22,6 +22,7 @@ from adapterd.core import (
 from adapterd.model.kv import KV_BLOCK_SIZE
 from adapterd.model.lora import Segment
 from tests.exactness.families import linear_names, save_adapter, save_model
+from tests.model.test_lora import upload
 from tests.offline import Offline, OfflineSettings
 from tests.triton_kernels import DEVICE, IS_INTERPRETED
 
@@ -57,7 +58,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
     offline = Offline(settings)
     for name in ("wide", "narrow", "high"):
         offline.load(name, root / name)
-        offline.runner.bank.upload(offline.adapters[name])
+        upload(offline.runner.bank, offline.adapters[name])
     return offline
 
 

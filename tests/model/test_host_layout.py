@@ -7,7 +7,7 @@ import torch
 
 from adapterd.deltas import OutputAffine
 from adapterd.model.host_layout import lay_out
-from tests.model.test_lora import TARGETS, make_adapter, make_bank
+from tests.model.test_lora import TARGETS, make_adapter, make_bank, upload
 
 
 def ordinary(num_bytes: int) -> torch.Tensor:
@@ -32,8 +32,8 @@ def test_a_and_the_transpose_of_b_are_contiguous_and_equal() -> None:
 def test_the_bank_holds_the_same_whatever_pages_it_gives() -> None:
     adapter = make_adapter("a", RANKS)
     plain, laid_out = make_bank(64), make_bank(64)
-    plain.upload(adapter)
-    laid_out.upload(lay_out(adapter, torch.float32, ordinary))
+    upload(plain, adapter)
+    upload(laid_out, lay_out(adapter, torch.float32, ordinary))
     for module in TARGETS:
         one, other = (bank.products(((adapter.id, 1.0),))[module] for bank in (plain, laid_out))
         for expected, found in zip(one, other, strict=True):

@@ -47,6 +47,11 @@ def make_bank(num_pages: int) -> LoraBank:
     return bank
 
 
+def upload(bank: LoraBank, adapter: Adapter) -> None:
+    bank.take(adapter)
+    bank.fill(adapter)
+
+
 def delta_of(bank: LoraBank, mix: tuple[tuple[AdapterId, float], ...], module: str) -> torch.Tensor:
     """The dense change that a mix makes to one linear's weight: [d_out, d_in]."""
     d_out, d_in = TARGETS[module]
@@ -76,7 +81,7 @@ def test_uploads_succeed_while_pages_suffice_and_stay_exact_through_any_fragment
             num_free += bank.pages_of(victim)
         if needed > num_free:
             continue
-        bank.upload(adapter)
+        upload(bank, adapter)
         bank.check_integrity()
         resident[str(turn)] = adapter
         num_free -= needed
@@ -95,12 +100,12 @@ def test_uploads_succeed_while_pages_suffice_and_stay_exact_through_any_fragment
 def test_evicted_pages_serve_another_adapter_and_nobody_else_notices() -> None:
     bank = make_bank(40)
     stays, leaves, comes = (make_adapter(name, {"q": 8, "up": 5}, i) for i, name in enumerate("abc"))
-    bank.upload(stays)
-    bank.upload(leaves)
+    upload(bank, stays)
+    upload(bank, leaves)
     mix = ((stays.id, 1.0),)
     before = delta_of(bank, mix, "q")
     bank.evict(leaves.id)
-    bank.upload(comes)
+    upload(bank, comes)
     assert torch.equal(delta_of(bank, mix, "q"), before)
     torch.testing.assert_close(delta_of(bank, ((comes.id, 1.0),), "up"), expected_delta(comes, "up"))
     with pytest.raises(KeyError):
@@ -110,8 +115,8 @@ def test_evicted_pages_serve_another_adapter_and_nobody_else_notices() -> None:
 def test_mix_adds_its_adapters_each_at_its_factor() -> None:
     bank = make_bank(60)
     first, second = make_adapter("a", {"q": 8, "k": 2}, 1), make_adapter("b", {"q": 3, "up": 4}, 2)
-    bank.upload(first)
-    bank.upload(second)
+    upload(bank, first)
+    upload(bank, second)
     mix = ((first.id, 0.7), (second.id, -0.3))
     for module in TARGETS:
         expected = 0.7 * expected_delta(first, module) - 0.3 * expected_delta(second, module)
@@ -122,7 +127,7 @@ def test_factors_that_nobody_repeats_do_not_pile_up() -> None:
     """Regression: every mix ever asked for was kept until an adapter left."""
     bank = make_bank(20)
     adapter = make_adapter("a", {"q": 4})
-    bank.upload(adapter)
+    upload(bank, adapter)
     for turn in range(5000):
         bank.products(((adapter.id, 1.0 + turn / 1e6),))
     assert len(bank._mixes) <= 1024
@@ -142,7 +147,7 @@ def wrapped() -> tuple[Model, LoraStep, LoraBank, Adapter]:
     model, step, bank = Model(), LoraStep(), make_bank(30)
     assert wrap_linears(model, step, lambda path: path != "head") == {"q": (64, 48)}
     adapter = make_adapter("a", {"q": 6})
-    bank.upload(adapter)
+    upload(bank, adapter)
     return model, step, bank, adapter
 
 
