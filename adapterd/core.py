@@ -1,7 +1,7 @@
-"""The nouns every room of the house shares: plain frozen data, no torch, no I/O.
+"""The nouns every room of the house shares: plain data, no torch, no I/O.
 
-Only these cross between the server and the engine thread, so the engine can become a process of its own
-without a change of vocabulary.
+All are frozen but `Sequence`, which engine and runner change as an answer grows. Only the frozen ones cross between
+the server and the engine thread, so the engine can become a process of its own without a change of vocabulary.
 """
 
 from collections.abc import Mapping

@@ -252,8 +252,8 @@ class AdapterRegistry:
         return self.entry(name)
 
     def prefetch(self, name: str) -> AdapterEntry:
-        """Have a name's current weights in host memory once this returns, and on their way to the device, if there
-        is room. May wait for a disk."""
+        """Have a name's current weights in host memory once this returns, and ask for them on the device: they come
+        if the next step finds room there that nobody waits for, else with a request. May wait for a disk."""
         _, current = self._lookup.served(name)
         self._readings.weights_of(current)
         if self._pins is not None:

@@ -227,9 +227,10 @@ def attend_kernel(
 class BlockPlan:
     """Where a step's tokens write and read: see plan_blocks, or cuda_graphs.py for one that keeps its place.
 
-    slot_mapping: int64 [num_tokens], below 0 for a row that is no token; block_tables: int32 [num_sequences,
-    max_blocks]; a tile is (sequence, first row, number of rows, position of the first row). singles: int32
-    [num_singles, 4], tiles of one token (or none); chunks: int32 [num_chunks, 4], of up to chunk_tokens.
+    slot_mapping: int64 [num_tokens], below 0 for a row that is no token; block_tables: int32, the sequences' blocks,
+    one table after another; a tile is (place of its table there, first row, number of rows, position of the first
+    row). singles: int32 [num_singles, 4], tiles of one token (or none); chunks: int32 [num_chunks, 4], of up to
+    CHUNK_TOKENS.
     """
 
     slot_mapping: torch.Tensor
