@@ -25,8 +25,13 @@ def size_kv_pool(base: Base, kv_bytes: int | None, max_num_seqs: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be taken on the device now; on a CPU within the container's limit."""
+    """Memory that can be taken on the device now; on a CPU within the container's limit.
+
+    On a CUDA device torch first gives back what it keeps of tensors that are gone: weights that were joined leave
+    pieces behind (projection_triton.py), none of which is large enough for the next layer's.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
 

@@ -1,4 +1,4 @@
-"""The same engine on a CUDA device: PEFT's own tokens in float32. One command: `pytest tests/gpu`."""
+"""The same engine on a CUDA device: PEFT's own tokens in float32; and its memory. One command: `pytest tests/gpu`."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adapterd.core import SamplingParams
+from adapterd.model.device_memory import free_bytes
 from tests.exactness.families import Reference, linear_names, save_adapter, save_model
 from tests.offline import Offline, OfflineSettings
 
@@ -39,3 +40,10 @@ def test_mixed_batch_on_cuda_equals_peft(family: str, tmp_path: Path) -> None:
         expected = Reference(base, tmp_path / route if route else None).greedy(prompt, NUM_TOKENS)
         assert expected.margin > 5e-4, "choose another seed: the reference is near a tie"
         assert finished[request_id, 0].token_ids == expected.token_ids
+
+
+def test_memory_of_tensors_that_are_gone_counts_as_free() -> None:
+    device = torch.device("cuda")
+    before = free_bytes(device)
+    torch.empty(1 << 30, dtype=torch.uint8, device=device)  # gone at once, and torch keeps its memory
+    assert free_bytes(device) > before - (1 << 29)
