@@ -87,6 +87,7 @@ class Request:
 
     `num_sequences` answers are drawn from one prompt. `arrival_seconds` is monotonic time. `continues_prompt`:
     the answer goes on where the prompt's text ends, rather than being a text of its own (a chat message).
+    `prompt_field` is what the client calls its prompt; errors name it.
     """
 
     id: RequestId
@@ -97,6 +98,7 @@ class Request:
     arrival_seconds: float
     num_sequences: int = 1
     continues_prompt: bool = False
+    prompt_field: str = "prompt"
 
 
 @dataclass(frozen=True)

@@ -21,24 +21,30 @@ class RequestChecks:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
 
-    def check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+    def check_length(self, request: Request) -> None:
         """Raise ContextLengthExceeded unless prompt and answer fit the context together."""
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if num_prompt_tokens + max_tokens > self._max_model_len or num_prompt_tokens == 0:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; together they must "
                 f"be within the context of {self._max_model_len} tokens, and the prompt must not be empty",
-                param="max_tokens" if 0 < num_prompt_tokens < self._max_model_len else "messages",
+                param="max_tokens" if 0 < num_prompt_tokens < self._max_model_len else request.prompt_field,
             )
 
     def check_token_ids(self, request: Request) -> None:
         """Raise InvalidRequest for ids beyond the embedding: one would fail the step, and everyone in it."""
         params = request.params
-        ids = (*request.prompt_token_ids, *params.stop_token_ids, *(token for token, _ in params.logit_bias))
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise InvalidRequest(
-                f"token ids must be from 0 to {self._vocab_size - 1}; the request has {min(ids)} to {max(ids)}",
-                param="prompt",
-            )
+        for field, ids in (
+            (request.prompt_field, request.prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", tuple(token for token, _ in params.logit_bias)),
+        ):
+            lowest, highest = min(ids, default=0), max(ids, default=0)
+            if lowest < 0 or highest >= self._vocab_size:
+                wrong = lowest if lowest < 0 else highest
+                raise InvalidRequest(
+                    f"token id {wrong} is outside the vocabulary of {self._vocab_size} tokens", param=field
+                )
 
     def pages_of(self, mix: AdapterMix) -> dict[AdapterId, int]:
         """What each adapter of a mix takes whose weights are held.

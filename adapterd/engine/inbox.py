@@ -37,7 +37,7 @@ class Inbox:
 
     def submit(self, request: Request, begin: Wish) -> None:
         """Take a request whose adapters the caller has leased. Raises what `Engine.submit` raises."""
-        self._checks.check_length(len(request.prompt_token_ids), request.params.max_tokens)
+        self._checks.check_length(request)
         self._checks.check_token_ids(request)
         with self._held(request.mix, request.num_sequences):
             pages = self._checks.pages_of(request.mix)

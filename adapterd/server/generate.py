@@ -119,6 +119,7 @@ class Generate(Generic[B]):
                     arrival_seconds=arrival_seconds,
                     num_sequences=body.n,
                     continues_prompt=self._dialect.continues_prompt,
+                    prompt_field=self._dialect.prompt_field,
                 )
             )
         return requests

@@ -1,6 +1,6 @@
 """From a checked body to `SamplingParams`: the model's own defaults filled in, the context kept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 from adapterd.core import BaseSpec, SamplingParams
@@ -19,15 +19,13 @@ def sampling_params(
     spec: BaseSpec,
     num_prompt_tokens: int,
 ) -> SamplingParams:
-    """Raises InvalidRequest for token ids outside the vocabulary, ContextLengthExceeded for what cannot fit."""
+    """Raises InvalidRequest for limits that contradict each other, ContextLengthExceeded for what cannot fit."""
     max_tokens = _max_tokens(body, spec, num_prompt_tokens)
     if body.min_tokens > max_tokens:
         message = (
             f"min_tokens is {body.min_tokens}, which is more than the {max_tokens} tokens the answer may have"
         )
         raise InvalidRequest(message, param="min_tokens")
-    _check_token_ids(body.stop_token_ids, "stop_token_ids", spec)
-    _check_token_ids((token for token, _ in body.logit_bias), "logit_bias", spec)
     logprobs, prompt_logprobs = _logprobs(body)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -52,9 +50,9 @@ def sampling_params(
 
 
 def check_prompt(token_ids: tuple[int, ...], spec: BaseSpec, param: str) -> None:
+    """Raises InvalidRequest for a prompt of nothing, ContextLengthExceeded. Token ids are checked by the engine."""
     if not token_ids:
         raise InvalidRequest("the prompt has no tokens", param=param)
-    _check_token_ids(token_ids, param, spec)
     if len(token_ids) >= spec.max_model_len:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {spec.max_model_len} tokens, and the prompt alone has"
@@ -88,13 +86,6 @@ def _logprobs(body: ChatCompletionRequest | CompletionRequest) -> tuple[int | No
     if isinstance(body, ChatCompletionRequest):
         return (body.top_logprobs or 0) if body.logprobs else None, None
     return body.logprobs, body.logprobs if body.echo else None
-
-
-def _check_token_ids(token_ids: Iterable[int], param: str, spec: BaseSpec) -> None:
-    for token in token_ids:
-        if not 0 <= token < spec.vocab_size:
-            message = f"token id {token} is outside the vocabulary of {spec.vocab_size} tokens"
-            raise InvalidRequest(message, param=param)
 
 
 def _first(*values: N | None) -> N:

@@ -362,19 +362,21 @@ def test_prompt_and_answer_must_fit_the_context(
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params"),
+    ("prompt", "params", "param", "wrong"),
     [
-        ([1, 50], SamplingParams(max_tokens=1)),
-        ([-1], SamplingParams(max_tokens=1)),
-        ([1], SamplingParams(max_tokens=1, stop_token_ids=(50,))),
-        ([1], SamplingParams(max_tokens=1, logit_bias=((50, 1.0),))),
+        ([1, 50], SamplingParams(max_tokens=1), "messages", 50),
+        ([-1], SamplingParams(max_tokens=1), "messages", -1),
+        ([1], SamplingParams(max_tokens=1, stop_token_ids=(3, 50)), "stop_token_ids", 50),
+        ([1], SamplingParams(max_tokens=1, logit_bias=((-1, 1.0), (50, 1.0))), "logit_bias", -1),
     ],
 )
 def test_token_ids_that_are_none_fail_their_request_and_not_the_step(
-    engine: Engine, prompt: list[int], params: SamplingParams
+    engine: Engine, prompt: list[int], params: SamplingParams, param: str, wrong: int
 ) -> None:
-    with pytest.raises(InvalidRequest, match="0 to 49"):
-        engine.submit(make_request("r", prompt=prompt, params=params))
+    request = replace(make_request("r", prompt=prompt, params=params), prompt_field="messages")
+    with pytest.raises(InvalidRequest, match=f"token id {wrong} is outside the vocabulary of 50") as refused:
+        engine.submit(request)
+    assert refused.value.param == param
     assert not engine.has_work()
 
 

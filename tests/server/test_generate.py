@@ -64,8 +64,6 @@ async def test_a_refusal_by_the_engine_keeps_its_status(
     [
         ({"max_tokens": 500}, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "context_length_exceeded"),
-        ({"logit_bias": {"256": 1}}, "logit_bias", "invalid_value"),
-        ({"stop_token_ids": [256]}, "stop_token_ids", "invalid_value"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "invalid_value"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value"),
     ],
@@ -78,6 +76,15 @@ async def test_what_cannot_be_done_is_400_and_reaches_no_engine(
     assert (response.status_code, error["param"], error["code"]) == (400, param, code)
     assert daemon.engine.requests == []
     assert daemon.registry.leases == []
+
+
+@pytest.mark.anyio
+async def test_the_engine_is_told_what_the_client_calls_its_prompt(
+    client: httpx.AsyncClient, daemon: FakeDaemon
+) -> None:
+    await post(client)
+    await client.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"})
+    assert [request.prompt_field for request in daemon.engine.requests] == ["messages", "prompt"]
 
 
 @pytest.mark.anyio
