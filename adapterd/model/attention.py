@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from adapterd.errors import BaseRefused
 from adapterd.model.attention_one import Scoring, attend_fused, attend_plainly
-from adapterd.model.kv import KVPool, KVShape
+from adapterd.model.kv import KV_BLOCK_SIZE, KVPool, KVShape
 
 ATTENTION_NAME = "adapterd_paged"
 
@@ -228,6 +228,28 @@ class ShapeRecorder:
             raise BaseRefused(f"the base calls attention twice in layer {layer}; it cannot be served")
         self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+class TrialContext:
+    """Has each layer attend once, by a step of two sequences, the last token being one of them: for what can only be
+    known by running it."""
+
+    def __init__(self, make_context: ContextFactory) -> None:
+        self._make_context = make_context
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        shape = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        counts = (len(query) - 1, 1)
+        pool = KVPool({layer: shape}, len(counts), key.dtype, key.device)
+        slots = [i * KV_BLOCK_SIZE + torch.arange(count) for i, count in enumerate(counts)]
+        return self._make_context(pool, slots, counts).attend(layer, query, key, value, scoring)
 
 
 # Keywords that transformers models pass along and that change nothing here: positions are in the rotary

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from adapterd.model.kernels import TORCH_KERNELS, KernelName, choose_kernels
 from adapterd.model.kv import KVShape
 from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.probe import probe_family
-from adapterd.model.seams import Seams, attach_seams
+from adapterd.model.seams import Seams, attach_seams, attend_once
 from adapterd.model.threads import use_all_cores
 from adapterd.stages import Stages
 
@@ -138,7 +139,7 @@ def base_of(
         use_huge_pages(model)
         give_back_freed()
 
-    chosen = choose_kernels(kernels, device, model.dtype)
+    chosen = choose_kernels(kernels, device, model.dtype, partial(attend_once, model))
     seams = attach_seams(model, chosen)
     family = model.config.model_type
     spec = BaseSpec(

@@ -17,6 +17,7 @@ from adapterd.core import ScheduledSequence
 from adapterd.model.attention_triton import BlockPlan, TritonContext
 from adapterd.model.base import Base
 from adapterd.model.kv import KV_BLOCK_SIZE, KVPool
+from adapterd.model.launch_triton import LAUNCH_ERRORS
 from adapterd.model.launched import LastTokens
 from adapterd.model.lora import Segment
 from adapterd.model.lora_triton import TritonLoraStep
@@ -198,9 +199,8 @@ class GraphedForward:
     def _try_to_record(self, size: int) -> Callable[[], torch.Tensor] | None:
         try:
             return self._record(lambda: self._forward(size))
-        except (
-            RuntimeError
-        ) as error:  # a family that asks the device in mid-forward: of its experts' load, say
+        except LAUNCH_ERRORS as error:
+            # A family that asks the device in mid-forward, of its experts' load, say, or a chip too small for a kernel.
             logger.warning("decode steps run without CUDA graphs: %s", str(error).partition("\n")[0])
             self._works = False
             self._recorded.clear()

@@ -12,6 +12,7 @@ from torch import nn
 
 from adapterd.model.grouped import LinearGroup, shared_inputs, use_group
 from adapterd.model.int8 import Int8Linear
+from adapterd.model.launch_triton import LAUNCH_ERRORS
 from adapterd.model.lora import LoraLinear
 from adapterd.model.lora_triton import MAX_GROUP, TritonLoraStep
 from adapterd.model.projection_triton import Projection, kind_of
@@ -95,7 +96,7 @@ def _unfit(
         hooks += [model.get_submodule(path).register_forward_hook(check) for path in group.paths]
     try:
         run()
-    except RuntimeError as error:
+    except LAUNCH_ERRORS as error:
         logger.debug("grouped linears cannot run: %s", error)
         return list(groups)
     finally:

@@ -57,8 +57,17 @@ NATIVE_KERNELS = Kernels(
 )
 
 
-def choose_kernels(wanted: KernelName, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """`auto` takes the fastest that apply and are there. Raises BaseRefused if the ones asked for cannot be had."""
+Attend = Callable[[ContextFactory], object]
+"""Has every layer of a base attend once, by contexts that are so made."""
+
+
+def choose_kernels(
+    wanted: KernelName, device: torch.device, dtype: torch.dtype, attend: Attend = lambda make_context: None
+) -> Kernels:
+    """`auto` takes the fastest that apply, are there and can do what `attend` asks of them on a CUDA device.
+
+    Raises BaseRefused if the ones asked for cannot be had.
+    """
     if wanted == "torch":
         return TORCH_KERNELS
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
@@ -81,7 +90,10 @@ def choose_kernels(wanted: KernelName, device: torch.device, dtype: torch.dtype)
         return TORCH_KERNELS
     missing = _why_not_triton(device, dtype)
     if missing is None:
-        return _triton_kernels(device)
+        kernels = _triton_kernels(device)
+        missing = _why_not_attend(kernels, attend)
+        if missing is None:
+            return kernels
     if wanted == "triton":
         raise BaseRefused(f"the Triton kernels {missing}")
     logger.warning("adapters and attention run through torch's own operators: the Triton kernels %s", missing)
@@ -95,6 +107,17 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if not runs or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"do not run {dtype} on {device}"
+    return None
+
+
+def _why_not_attend(kernels: Kernels, attend: Attend) -> str | None:
+    from adapterd.model.launch_triton import LAUNCH_ERRORS
+
+    try:
+        attend(kernels.paged_context)
+    except LAUNCH_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        return f"cannot compute this base's attention here: {type(error).__name__}: {reason}"
     return None
 
 

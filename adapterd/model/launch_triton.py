@@ -7,10 +7,15 @@ kernel in front writes, or write at all: whatever is older is complete, since ev
 from functools import cache
 
 import torch
+from triton.errors import TritonError
 from triton.runtime import driver
 
 _CAPABILITY = (9, 0)
 _NUM_COUNTS = 1 << 16
+
+LAUNCH_ERRORS: tuple[type[Exception], ...] = (RuntimeError, TritonError)
+"""What a launch raises where a kernel cannot be compiled for the chip, or finds too little room on it: Triton's own
+errors are no RuntimeErrors."""
 
 
 @cache

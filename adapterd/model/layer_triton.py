@@ -14,6 +14,7 @@ from adapterd.model.attention_triton import TritonContext, triton_context, trito
 from adapterd.model.grouped_triton import group_linears
 from adapterd.model.int8 import Int8Linear
 from adapterd.model.kv import KVShape
+from adapterd.model.launch_triton import LAUNCH_ERRORS
 from adapterd.model.layers import LINEARS, FusedLayer, LayerParts, use_fused_layers
 from adapterd.model.lora import LoraLinear, LoraStep
 from adapterd.model.lora_triton import TritonLoraStep
@@ -22,6 +23,8 @@ from adapterd.model.projection_triton import FewTokensForward, Projection, kind_
 
 
 class TritonLayer(FusedLayer):
+    errors = LAUNCH_ERRORS
+
     def __init__(
         self,
         parts: LayerParts,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -71,7 +71,11 @@ class FusedLayer(ABC):
 
     It computes the layers that follow as well, as far as they go the fast way: each of them is then called with its
     own output, and hands it on.
+
+    `errors` is what `compute` raises where the device cannot do it.
     """
+
+    errors: ClassVar[tuple[type[Exception], ...]] = (RuntimeError,)
 
     def __init__(self, path: str, own: Callable[..., torch.Tensor], step: LoraStep) -> None:
         self._own = own
@@ -287,7 +291,7 @@ def _fused(
         raise _NotAlike("their linears are not of one kind")
     try:
         found = fused.compute([fused], seen.inputs.clone(), seen.position_embeddings, context)
-    except RuntimeError as error:
+    except fused.errors as error:
         raise _NotAlike(str(error).partition("\n")[0]) from error
     output = seen.output.float()
     bound = _TOLERANCE[found.dtype] * (output - seen.inputs.float()).abs().max()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapterd.core import BaseModules
-from adapterd.model.attention import ShapeRecorder
+from adapterd.model.attention import AttentionContext, ContextFactory, ShapeRecorder, TrialContext
 from adapterd.model.int8 import Int8Linear
 from adapterd.model.kernels import Kernels
 from adapterd.model.kv import KVShape
@@ -54,8 +54,13 @@ def attach_seams(model: Any, kernels: Kernels) -> Seams:
     return Seams(step, targets, modules, recorder.shapes)
 
 
+def attend_once(model: Any, make_context: ContextFactory) -> None:
+    """One forward of a few tokens in which every layer attends by contexts so made: what cannot run there raises."""
+    _tokens(model, next(model.parameters()).device, TrialContext(make_context), 3)
+
+
 @torch.inference_mode()
-def _tokens(model: Any, device: torch.device, recorder: ShapeRecorder, num_tokens: int) -> None:
+def _tokens(model: Any, device: torch.device, context: AttentionContext, num_tokens: int) -> None:
     ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     positions = torch.arange(num_tokens, device=device)[None]
-    model(input_ids=ids, position_ids=positions, use_cache=False, paged=recorder)
+    model(input_ids=ids, position_ids=positions, use_cache=False, paged=context)

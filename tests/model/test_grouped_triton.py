@@ -18,6 +18,7 @@ from tests.triton_kernels import DEVICE
 from adapterd.model.grouped_triton import group_linears  # isort: skip  (needs the interpreter's setting)
 from adapterd.model.kernels import Kernels  # isort: skip
 from adapterd.model.lora_triton import GroupStep, TritonLoraStep  # isort: skip
+from triton.runtime.errors import OutOfResources  # isort: skip
 
 
 class CountedStep(TritonLoraStep):
@@ -119,6 +120,21 @@ def test_linears_that_must_be_asked_one_by_one_stay_alone(
     assert isinstance(model.first, GroupedLinear) == is_fit
     assert ("taken apart" in caplog.text) != is_fit
     torch.testing.assert_close(model(x.clone()), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_groups_that_find_no_room_on_the_chip_are_taken_apart() -> None:
+    step, model = TritonLoraStep(DEVICE), Pair()
+    linears = wrapped_pair(step, model)
+    x = torch.randn(1, 3, 16, device=DEVICE)
+
+    def run() -> None:
+        if isinstance(model.first, GroupedLinear):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        model(x)
+
+    assert group_linears(model, step, linears, run) == 0
+    run()
 
 
 @torch.inference_mode()

@@ -1,21 +1,31 @@
 """Layers of the Llama kind run fused on a CUDA device, and compute what they computed before."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from adapterd.errors import BaseRefused
 from adapterd.model.int8 import quantize_linears
+from adapterd.model.kv import KVShape
+from adapterd.model.layers import LayerParts, use_fused_layers
 from adapterd.model.lora import LoraLinear, LoraProduct, Segment
-from adapterd.model.seams import attach_seams
+from adapterd.model.seams import attach_seams, attend_once
+from bench.random_models import random_base
 from tests import layer_models
 from tests.layer_models import logits, with_adapters
 from tests.triton_kernels import DEVICE
 
 from adapterd.model.kernels import TORCH_KERNELS, Kernels, choose_kernels  # isort: skip
+from adapterd.model.attention_triton import triton_context  # isort: skip
 from adapterd.model.layer_triton import TritonLayer  # isort: skip  (needs the interpreter's setting)
+from triton.runtime.errors import OutOfResources  # isort: skip
 
 
 def triton_kernels(dtype: torch.dtype = torch.float32) -> Kernels:
@@ -99,6 +109,55 @@ def test_a_layer_that_is_not_of_the_kind_keeps_its_own_forward_and_the_log_says_
         attach_seams(model, triton_kernels())
     assert len(fused_layers(model)) == num_fused
     assert f"{num_fused} of 3 decoder layers run fused; {reason}" in caplog.messages
+
+
+class TooLarge(TritonLayer):
+    """Its kernels find no room on the chip."""
+
+    def compute(self, *_: Any) -> torch.Tensor:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+def test_a_layer_that_finds_no_room_on_the_chip_keeps_its_own_forward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fuse(model: Any, step: Any, shapes: Mapping[int, KVShape], run: object) -> None:
+        def make(parts: LayerParts, layer: nn.Module) -> TooLarge:
+            linears = [linear.inner for linear in parts.linears]
+            return TooLarge(parts, linears, layer.forward, step)
+
+        use_fused_layers(model, shapes, triton_context, make)
+
+    model = model_of("llama")
+    with caplog.at_level(logging.INFO, "adapterd.model.layers"):
+        attach_seams(model, replace(triton_kernels(), fuse=fuse))
+    assert fused_layers(model) == []
+    assert "0 of 3 decoder layers run fused; 3 not: out of resource: shared memory" in caplog.text
+
+
+def heads_too_wide() -> transformers.LlamaConfig:
+    """Of more numbers than Triton takes at a time."""
+    return transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1 << 17,
+        vocab_size=32,
+        max_position_embeddings=64,
+    )
+
+
+def test_a_base_whose_attention_the_kernels_cannot_compute_gets_others_and_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(BaseRefused, match="the Triton kernels cannot compute this base's attention here"):
+        random_base(heads_too_wide(), DEVICE, torch.float32, kernels="triton")
+    base = random_base(heads_too_wide(), DEVICE, torch.float32, kernels="torch")
+    attend = partial(attend_once, base.model)
+    assert choose_kernels("auto", torch.device("cuda"), torch.float32, attend) is TORCH_KERNELS
+    assert "run through torch's own operators: the Triton kernels cannot compute" in caplog.text
 
 
 def test_torch_kernels_leave_layers_alone() -> None:
