@@ -70,10 +70,10 @@ def test_the_shipped_recipes_are_valid(recipe: Path) -> None:
 def test_every_wrong_value_has_a_line_that_names_where_it_came_from(tmp_path: Path) -> None:
     file = toml(tmp_path, 'dtype = "int8"')
     with pytest.raises(ConfigError) as raised:
-        load_settings(ServeSettings, {"port": "x"}, {"ADAPTERD_MAX_QUEUE": "-1"}, file)
+        load_settings(ServeSettings, {"port": "x"}, {"ADAPTERD_MAX_QUEUE": "0"}, file)
     dtype, queue, port = sorted(raised.value.message.splitlines(), key=lambda line: "dtype" not in line)
     assert dtype == f"'dtype' in {file}: 'int8' should be 'auto', 'float32', 'bfloat16' or 'float16'"
-    assert queue.startswith("ADAPTERD_MAX_QUEUE: '-1' should be greater than or equal to 0")
+    assert queue.startswith("ADAPTERD_MAX_QUEUE: '0' should be greater than or equal to 1")
     assert port.startswith("--port: 'x' should be a valid integer")
 
 

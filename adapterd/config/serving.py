@@ -78,7 +78,9 @@ class EngineSettings(Settings):
     max_model_len: int | None = Field(
         None, ge=1, description="prompt and answer together (default: the base's)"
     )
-    max_queue: int = Field(1024, ge=0, description="requests that may wait; more are answered 429")
+    max_queue: int = Field(
+        1024, ge=1, description="requests that may wait beside those that run; more are answered 429"
+    )
 
     @model_validator(mode="after")
     def _memory_is_said_once(self) -> "EngineSettings":

@@ -71,7 +71,7 @@ class Engine:
         self._clock = clock
         self.max_model_len = min(spec.max_model_len, memory.num_kv_blocks * memory.kv_block_size)
         checks = RequestChecks(memory, weights, vocab_size=spec.vocab_size, max_model_len=self.max_model_len)
-        self._inbox = Inbox(checks, weights, max_queue=max_queue)
+        self._inbox = Inbox(checks, weights, max_queue=max_queue, max_num_seqs=limits.max_num_seqs)
         self._blocks = BlockPool(memory.num_kv_blocks, memory.kv_block_size)
         self._slots = AdapterSlots(memory.num_adapter_pages, weights.num_pages, events=events)
         self._scheduler = Scheduler(self._blocks, self._slots, limits, clock)
@@ -94,9 +94,9 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request whose adapters the caller has leased; from here on the engine holds their weights.
 
-        Raises ContextLengthExceeded, InvalidRequest (token ids that are none), AdapterRefused (adapter memory
-        cannot hold its adapters together), Overloaded (queue full, or adapter memory full of pinned ones) or
-        Unavailable (engine dead or stopping).
+        Raises ContextLengthExceeded, InvalidRequest (token ids that are none, or more sequences than may ever be
+        here), AdapterRefused (adapter memory cannot hold its adapters together), Overloaded (queue full, or adapter
+        memory full of pinned ones) or Unavailable (engine dead or stopping).
         """
         self._inbox.submit(request, lambda: self._begin(request))
 
@@ -265,7 +265,7 @@ class Engine:
 
     def _publish_stats(self, *, num_taken: int = 0) -> None:
         self._stats = self._snapshot()
-        self._inbox.seen_waiting(self._stats.num_waiting, num_taken=num_taken)
+        self._inbox.seen(self._stats.num_waiting, self._stats.num_running, num_taken=num_taken)
 
     def _do_what_was_asked(self) -> int:
         """Returns how many sequences were submitted with it. Where a wish raises, those behind it stay asked."""

@@ -12,24 +12,32 @@ from contextlib import contextmanager
 from adapterd.core import AdapterId, AdapterMix, Request, alone
 from adapterd.engine.checks import RequestChecks
 from adapterd.engine.seams import HostWeights
-from adapterd.errors import AdapterdError, Overloaded, Unavailable
+from adapterd.errors import AdapterdError, InvalidRequest, Overloaded, Unavailable
 
 Wish = Callable[[], None]
 """What the engine's thread is to do."""
 
 
 class Inbox:
-    """Holds the weights of what it takes; from then on they are the engine's to release."""
+    """Holds the weights of what it takes; from then on they are the engine's to release.
 
-    def __init__(self, checks: RequestChecks, weights: HostWeights, *, max_queue: int) -> None:
+    `max_queue` is how many sequences may wait beside those that could start: while fewer than `max_num_seqs` run, so
+    many more are taken.
+    """
+
+    def __init__(
+        self, checks: RequestChecks, weights: HostWeights, *, max_queue: int, max_num_seqs: int
+    ) -> None:
         self._checks = checks
         self._weights = weights
         self._max_queue = max_queue
+        self._max_num_seqs = max_num_seqs
         self._changed = threading.Condition()  # guards all below
         self._wishes: deque[Wish] = deque()
         self._pinned_pages: dict[AdapterId, int] = {}
         self._num_submitted = 0
         self._num_waiting = 0
+        self._num_running = 0
         self._is_stopping = False
         self._failed: str | None = None
 
@@ -39,13 +47,20 @@ class Inbox:
         """Take a request whose adapters the caller has leased. Raises what `Engine.submit` raises."""
         self._checks.check_length(request)
         self._checks.check_token_ids(request)
+        if request.num_sequences > self._max_queue + self._max_num_seqs:
+            raise InvalidRequest(
+                f"{request.num_sequences} answers are asked for and at most {self._max_queue + self._max_num_seqs} may"
+                " run and wait at once; ask for fewer, or start with a larger --max-queue",
+                param="n",
+            )
         with self._held(request.mix, request.num_sequences):
             pages = self._checks.pages_of(request.mix)
             with self._changed:
                 self._check_alive()
                 self._checks.check_beside_pinned(pages, self._pinned_pages)
                 num_waiting = self._num_waiting + self._num_submitted
-                if num_waiting + request.num_sequences > self._max_queue:
+                num_free = self._max_num_seqs - self._num_running
+                if num_waiting + request.num_sequences > self._max_queue + num_free:
                     raise Overloaded(
                         f"{num_waiting} sequences are waiting and the queue holds {self._max_queue}; "
                         "try again in a moment"
@@ -121,15 +136,15 @@ class Inbox:
                 self._changed.wait(timeout_seconds)
 
     def take(self) -> tuple[deque[Wish], int]:
-        """What was asked, and how many sequences were submitted with it, which `seen_waiting` is to be told."""
+        """What was asked, and how many sequences were submitted with it, which `seen` is to be told."""
         with self._changed:
             wishes, self._wishes = self._wishes, deque()
             return wishes, self._num_submitted
 
-    def seen_waiting(self, num_waiting: int, *, num_taken: int) -> None:
-        """So many sequences wait in the engine, those that were taken among them unless they run already."""
+    def seen(self, num_waiting: int, num_running: int, *, num_taken: int) -> None:
+        """So many sequences wait and run in the engine, those that were taken among them."""
         with self._changed:
-            self._num_waiting = num_waiting
+            self._num_waiting, self._num_running = num_waiting, num_running
             self._num_submitted -= num_taken
 
     def fail(self, reason: str) -> None:

@@ -73,7 +73,7 @@ class ServerState:
         except BeingRead as reading:
             first = reading
         num_reading = self._num_reading.total()
-        if num_reading >= max(1, self._max_queue):
+        if num_reading >= self._max_queue:
             raise Overloaded(
                 f"{num_reading} requests wait for weights to be read already; try again in a moment"
             )
@@ -128,7 +128,7 @@ class ServerState:
     async def running(self) -> AsyncIterator[None]:
         """Start the rooms and stop them again: the registry reads adapters, the engine turns its crank."""
         self.streams = OutputStreams(asyncio.get_running_loop())
-        self.render_pool = RenderPool(max_waiting=max(1, self._max_queue))
+        self.render_pool = RenderPool(max_waiting=self._max_queue)
         self.changes = ChangePool()
         self.daemon.registry.start()
         self.daemon.engine.start(self.streams.deliver)

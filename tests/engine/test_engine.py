@@ -298,10 +298,14 @@ def test_full_queue_is_overloaded_and_has_room_again_later() -> None:
     runner = FakeRunner()
     engine = make_engine(runner, max_queue=3, limits=SchedulerLimits(32, 1))
     engine.submit(make_request("one"))
-    engine.submit(make_request("two", num_sequences=2))
-    with pytest.raises(Overloaded, match="3 sequences are waiting and the queue holds 3"):
+    engine.submit(make_request("two", num_sequences=3))
+    with pytest.raises(Overloaded, match="4 sequences are waiting and the queue holds 3"):
         engine.submit(make_request("three"))
     engine.step()
+    with pytest.raises(Overloaded, match="3 sequences are waiting and the queue holds 3"):
+        engine.submit(make_request("three"))
+    for _ in range(PARAMS.max_tokens - 1):
+        engine.step()  # to the end of the first
     engine.submit(make_request("three"))
     with pytest.raises(Overloaded):
         engine.submit(make_request("four"))

@@ -9,7 +9,7 @@ from adapterd.core import AdapterDigest, AdapterId, AdapterMix, Request, Request
 from adapterd.engine.checks import RequestChecks
 from adapterd.engine.inbox import Inbox
 from adapterd.engine.seams import EngineMemory
-from adapterd.errors import Overloaded, Unavailable
+from adapterd.errors import InvalidRequest, Overloaded, Unavailable
 
 A, B = (AdapterId(AdapterDigest(letter * 64), letter) for letter in "ab")
 
@@ -38,9 +38,11 @@ def weights() -> Weights:
 
 @pytest.fixture
 def inbox(weights: Weights) -> Inbox:
-    """Of a queue of three, and of adapter memory for one adapter."""
+    """Of an engine that runs two sequences, with a queue of one, and with adapter memory for one adapter."""
     memory = EngineMemory(8, 4, num_adapter_pages=3, adapter_page_bytes=1 << 20)
-    return Inbox(RequestChecks(memory, weights, vocab_size=9, max_model_len=32), weights, max_queue=3)
+    return Inbox(
+        RequestChecks(memory, weights, vocab_size=9, max_model_len=32), weights, max_queue=1, max_num_seqs=2
+    )
 
 
 def request(mix: AdapterMix = (), *, num_sequences: int = 1) -> Request:
@@ -65,12 +67,28 @@ def test_what_was_asked_is_taken_once_in_its_order(inbox: Inbox) -> None:
 def test_a_submission_counts_until_the_engine_says_who_waits(inbox: Inbox) -> None:
     inbox.submit(request(num_sequences=3), nothing)
     _, num_taken = inbox.take()
-    with pytest.raises(Overloaded, match="3 sequences are waiting and the queue holds 3"):
+    with pytest.raises(Overloaded, match="3 sequences are waiting and the queue holds 1"):
         inbox.submit(request(), nothing)
-    inbox.seen_waiting(2, num_taken=num_taken)
+    inbox.seen(0, 2, num_taken=num_taken)
     inbox.submit(request(), nothing)
     with pytest.raises(Overloaded):
         inbox.submit(request(), nothing)
+
+
+def test_those_that_could_start_do_not_count_as_waiting(inbox: Inbox) -> None:
+    """Regression: an idle engine refused for ever what was more than its queue."""
+    inbox.submit(request(num_sequences=3), nothing)
+    _, num_taken = inbox.take()
+    inbox.seen(1, 1, num_taken=num_taken)
+    inbox.submit(request(), nothing)
+    with pytest.raises(Overloaded):
+        inbox.submit(request(), nothing)
+
+
+def test_more_answers_than_may_ever_be_here_are_an_error_of_the_request(inbox: Inbox) -> None:
+    with pytest.raises(InvalidRequest, match="4 answers are asked for and at most 3 may") as found:
+        inbox.submit(request(num_sequences=4), nothing)
+    assert found.value.param == "n"
 
 
 def test_only_what_is_taken_has_its_weights_held(inbox: Inbox, weights: Weights) -> None:
