@@ -83,7 +83,8 @@ class BlockPool:
         return taken
 
     def publish(self, block: int, block_hash: BlockHash) -> None:
-        """A held block is full and computed: others may find it. A second block of equal content stays private."""
+        """A held block is full, or will be by the step that is being decided: others may find it. A second block of
+        equal content stays private."""
         if block_hash not in self._block_of and block not in self._hash_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash

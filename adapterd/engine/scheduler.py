@@ -5,6 +5,9 @@ chunks, a prefix found in the cache and a sequence that lost its memory are the 
 
 A step is in flight from `schedule` to `update`, and the next may be scheduled meanwhile, on the count of its tokens
 alone. A sequence that ends while it is in flight keeps its blocks and adapters until those steps have been read.
+
+What a step computes of prompts can be found from its scheduling on, even by who starts in the same step: each layer
+of a step writes all keys and values before it reads any. So a prefix that many bring at once is computed once.
 """
 
 import heapq
@@ -86,6 +89,9 @@ class Scheduler:
         except _ResultsNeeded:
             # What has been done by now, blocks taken or sequences set back, the next call would do as well.
             return None
+        for item in chosen.values():
+            if item.num_tokens > 1:  # single tokens fill few blocks, which nobody else looks for yet
+                self._publish(item)
         self._admit(chosen, room)
         evictions, uploads = self._slots.take_moves()
         # Neighbours of one mix become one segment; the base's empty mix sorts first.
@@ -111,22 +117,17 @@ class Scheduler:
         return waited
 
     def update(self, batch: Batch, finished: Iterable[Sequence], spoiled: Iterable[Sequence] = ()) -> None:
-        """The oldest batch in flight has been read: publish full blocks, free what is finished.
+        """The oldest batch in flight has been read: publish the blocks that it filled, free what is finished.
 
         `spoiled`, some of `finished`, came to numbers that are none: no prefix of theirs may be found again.
         """
-        size = self._blocks.block_size
         for item in batch.scheduled:
             sequence = item.sequence
             sequence.num_in_flight -= 1
             sequence.num_pending -= item.samples
             if sequence.state is SequenceState.FINISHED:
                 continue  # ended before this step was read: its row is thrown away
-            first, full = item.start // size, item.end // size
-            if full > first:
-                hash_blocks(sequence.mix, sequence.token_ids[: item.end], size, sequence.block_hashes)
-            for index in range(first, full):
-                self._blocks.publish(sequence.block_table[index], sequence.block_hashes[index])
+            self._publish(item)
         for sequence in spoiled:
             self._blocks.forget(sequence.block_table)
         for sequence in finished:
@@ -213,6 +214,7 @@ class Scheduler:
                 heapq.heappop(ready)
             item = ScheduledSequence(sequence, sequence.num_computed_tokens, room.fit(sequence))
             chosen[id(sequence)] = item
+            self._publish(item)
             room.take(item)
         has_room = not ready and room.num_tokens > 0 and len(self.running) < self._limits.max_num_seqs
         self._note_passed_by(lines, last, everyone=has_room)
@@ -224,6 +226,16 @@ class Scheduler:
                 continue
             if (everyone or (last is not None and line.place < last)) and not self._slots.is_ready(line.mix):
                 line.first.passed_by_since_seconds = self._clock()
+
+    def _publish(self, item: ScheduledSequence) -> None:
+        """Let others find the blocks that an item fills, as far as its tokens are known."""
+        sequence, size = item.sequence, self._blocks.block_size
+        end = min(item.end, len(sequence.token_ids))
+        first, full = item.start // size, end // size
+        if full > first:
+            hash_blocks(sequence.mix, sequence.token_ids[:end], size, sequence.block_hashes)
+        for index in range(first, full):
+            self._blocks.publish(sequence.block_table[index], sequence.block_hashes[index])
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks of a waiting sequence. Its last token is always computed: it predicts the next."""

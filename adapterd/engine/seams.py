@@ -24,6 +24,9 @@ class BatchRunner(Protocol):
     `max_in_flight` is how many steps may be launched and not collected when another is launched: 0 or 1. The runner
     itself knows the tokens of the step launched last, wherever a sequence's newest token is still pending.
 
+    A sequence may count on blocks that another one fills in the same batch: each layer writes the keys and values of
+    all before it reads any.
+
     `launch` begins the batch's uploads and does not wait for them; each is told once to what `on_uploaded` was given.
 
     `num_steps_with_edits` counts steps whose adapters change more than linears: no graph and no fast layer holds them.

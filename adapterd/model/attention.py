@@ -166,7 +166,11 @@ def _attend_group(
 
 
 class AttentionContext(Protocol):
-    """What travels to every attention layer as the forward keyword `paged`."""
+    """What travels to every attention layer as the forward keyword `paged`.
+
+    All new keys and values are written before any is read: a row's context may hold rows of another sequence in the
+    same step, where both have the same prefix.
+    """
 
     def attend(
         self,

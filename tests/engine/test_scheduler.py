@@ -214,6 +214,48 @@ def test_same_prefix_is_reused_by_the_same_mix_alone() -> None:
         bench.run_dry()
 
 
+def test_prefix_that_many_bring_at_once_is_computed_once() -> None:
+    """Regression: it could be found only after the step, so each of those that started together computed it."""
+    bench = Bench(num_blocks=8, limits=SchedulerLimits(64, 8))
+    prompts = [[*range(12), 100 + number] for number in range(4)]
+    together = [bench.add(0, tokens=tokens) for tokens in prompts]
+    other = bench.add(0, adapter_mix=mix("a"), tokens=prompts[0])
+    bench.bring("a")
+    computed = counts(bench.turn())
+    assert [computed[s.request.id] for s in together] == [13, 1, 1, 1]
+    assert [s.num_cached_tokens for s in together] == [0, 12, 12, 12]
+    assert (
+        other.state is SequenceState.WAITING
+    )  # seven of eight blocks are taken, and none of them is its mix's
+    bench.run_dry()
+
+
+def test_prefix_of_several_chunks_is_found_as_far_as_it_is_being_computed() -> None:
+    bench = Bench(limits=SchedulerLimits(10, 8))
+    first, second = (bench.add(0, tokens=list(range(17))) for _ in range(2))
+    assert counts(bench.turn()) == {first.request.id: 10}
+    # Seven tokens of the first end its prompt, and its fourth block is found by the second at once.
+    assert counts(bench.turn()) == {first.request.id: 7, second.request.id: 1}
+    assert second.block_table[:4] == first.block_table[:4]
+    bench.run_dry()
+
+
+def test_prefix_is_found_while_the_step_that_computes_it_is_in_flight_and_after_an_abort() -> None:
+    bench = Bench(limits=SchedulerLimits(64, 8))
+    tokens = list(range(13))
+    first = bench.add(0, request_id="first", tokens=tokens)
+    batch = bench.schedule()
+    bench.scheduler.abort(first.request.id)
+    second = bench.add(0, tokens=tokens)
+    later = bench.schedule()
+    assert counts(later) == {second.request.id: 1}
+    bench.scheduler.update(batch, [])
+    bench.scheduler.check_integrity()
+    second.token_ids.append(7)
+    bench.scheduler.update(later, [])
+    bench.run_dry()
+
+
 def test_last_prompt_token_is_computed_even_if_every_block_is_known() -> None:
     bench = Bench()
     tokens = list(range(12))

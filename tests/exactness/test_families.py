@@ -135,6 +135,16 @@ def test_prefix_hit_equals_peft(case: Case) -> None:
     assert offline.engine.stats().num_prefix_hit_tokens == full_blocks
 
 
+def test_prefix_of_the_same_step_equals_peft(case: Case) -> None:
+    """Who starts beside its twin reads, layer by layer, what that one writes in the same step."""
+    offline = start(case)
+    ids = [ids for _ in range(2) for ids in submit_all(offline, case)]
+    finished = offline.run()
+    assert [finished[request_id, 0].token_ids for request_id in ids] == case.expected * 2
+    full_blocks = sum((length - 1) // KV_BLOCK_SIZE * KV_BLOCK_SIZE for length in PROMPT_LENGTHS)
+    assert offline.engine.stats().num_prefix_hit_tokens == full_blocks
+
+
 def test_adapter_swapped_mid_run_equals_peft(case: Case) -> None:
     """A running answer ends on the version it began with; the next takes the new one; memory holds but one."""
     offline = start(case)
