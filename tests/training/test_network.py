@@ -70,6 +70,7 @@ def memory_for(model: torch.nn.Module, max_tokens: int) -> Iterator[list[int]]:
 
     def allocate(_module: object, _arguments: object, named: dict[str, torch.Tensor]) -> None:
         asked.append(named["input_ids"].numel())
+        assert len(asked) < 50, "it tries for ever"
         if asked[-1] > max_tokens:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
