@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from adapterd.file_names import CONFIG_FILE, SEAL_FILE, WEIGHTS_FILE
 from adapterd.peft_targets import PREFIX
+from adapterd.published import sync_directory
 
 
 def write_adapter(
@@ -147,12 +148,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Have the disk know what names the directory holds."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ PACKAGE = Path(adapterd.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("control_groups", "core", "errors", "file_names", "first_process", "host_memory", "polling"),
-        *("stages", "token_counts", "__init__"),
+        *("published", "retries", "stages", "token_counts", "__init__"),
     ),
     ("busiest", "exposition", "router_view", "series", "request_record", "metrics"),
     (
@@ -57,7 +57,8 @@ NO_TORCH = (
         "engine.scheduler",
     ),
     *("engine.detokenizer", "engine.outputs"),
-    *("control_groups", "file_names", "host_memory", "manifest", "sources", "stages", "token_counts"),
+    *("control_groups", "file_names", "host_memory", "manifest", "published", "sources"),
+    *("stages", "token_counts"),
     *("adapter_commands", "daemon_client"),
     *("engine.checks", "engine.engine", "engine.inbox", "engine.offline", "engine.seams"),
     "model.base_config",

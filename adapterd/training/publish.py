@@ -3,18 +3,21 @@
 Earlier versions stay where they are: pointing the link at one of them takes the new one back.
 """
 
-import os
 import shutil
 from pathlib import Path
 
-from adapterd.adapter_writer import replace_files, sync_directory
+from adapterd.adapter_writer import replace_files
 from adapterd.errors import InvalidRequest
-
-VERSIONS_FOLDER = ".versions"
+from adapterd.published import is_pulled, point, sync_directory, versions_of
 
 
 def check_target(target: Path, *, in_place: bool) -> None:
     """Raise InvalidRequest, before any work is done, if `target` could not become or stay an adapter's place."""
+    if is_pulled(target):
+        raise InvalidRequest(
+            f"{target} belongs to adapterd pull, which would put its own version back; use another --name or --out",
+            param="out",
+        )
     if target.is_symlink() or not target.exists() or in_place:
         return
     raise InvalidRequest(
@@ -34,7 +37,7 @@ def publish(staged: Path, target: Path, *, digest: str, in_place: bool) -> Path:
         replace_files(target, _contents(staged, keep=target))
         shutil.rmtree(staged)
         return target
-    version = target.parent / VERSIONS_FOLDER / target.name / digest
+    version = versions_of(target) / digest
     if version.exists():  # the same weights once more: only their card and curve can be new
         replace_files(version, _contents(staged, keep=None))
         shutil.rmtree(staged)
@@ -42,11 +45,7 @@ def publish(staged: Path, target: Path, *, digest: str, in_place: bool) -> Path:
         version.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(version)
         sync_directory(version.parent)
-    link = target.with_name(f".{target.name}.{os.getpid()}.link")
-    link.unlink(missing_ok=True)
-    link.symlink_to(version.relative_to(target.parent))
-    link.replace(target)
-    sync_directory(target.parent)
+    point(target, digest)
     return version
 
 

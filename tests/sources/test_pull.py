@@ -1,6 +1,7 @@
 """`adapterd pull`, as an init container or a sidecar runs it."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 
 from adapterd.cli import EXIT_ERROR, EXIT_USAGE, main
 from adapterd.config import PullSettings
-from adapterd.errors import ConfigError
+from adapterd.errors import ConfigError, InvalidRequest
 from adapterd.sources.pull import Pulled, Puller
+from adapterd.training.publish import check_target, publish
 from tests.sources.servers import Asked, Reply, web_server
 
 
@@ -128,6 +130,71 @@ def test_a_manifest_is_followed_and_what_it_no_longer_names_is_withdrawn(web: As
         stop.set()
         thread.join()
     assert {path.name for path in (into / ".versions").iterdir()} <= {".partial"}
+
+
+def train_into(into: Path, name: str, data: bytes) -> None:
+    """As `adapterd train --out` publishes."""
+    staged = into.with_name(f"staged-{name}")
+    staged.mkdir(parents=True)
+    for file, content in files(data).items():
+        (staged / file).write_bytes(content)
+    into.mkdir(exist_ok=True)
+    publish(staged, into / name, digest=sha256(data), in_place=False)
+
+
+def test_what_was_trained_there_is_neither_withdrawn_nor_pulled_over(web: Asked, tmp_path: Path) -> None:
+    manifest, into = tmp_path / "adapters.yaml", tmp_path / "into"
+    for number in range(3):
+        train_into(into, "trained", b"%d" % number)
+    source = declared(web, "a", b"one")
+    manifest.write_text(f"version: 1\nadapters:\n  a: {{source: '{source}'}}\n")
+    (only,) = puller(into, manifest=manifest).pull()
+    assert (only.name, only.is_new, only.error) == ("a", True, None)
+    (only,) = puller(into, f"trained={source}", keep=1).pull()
+    assert "was not published by adapterd pull" in (only.error or "")
+    assert weights(into, "trained") == b"2"
+    assert len(list((into / ".versions" / "trained").iterdir())) == 3
+    # Nor are its versions taken over where nothing leads to one of them.
+    (into / "trained").unlink()
+    (only,) = puller(into, f"trained={source}", keep=1).pull()
+    assert "was not published by adapterd pull" in (only.error or "")
+    assert len(list((into / ".versions" / "trained").iterdir())) == 3
+
+
+def test_train_refuses_a_name_that_is_pulled(web: Asked, tmp_path: Path) -> None:
+    puller(tmp_path, declared(web, "a", b"one")).pull()
+    with pytest.raises(InvalidRequest, match="belongs to adapterd pull"):
+        check_target(tmp_path / "a", in_place=False)
+    check_target(tmp_path / "b", in_place=False)
+
+
+def test_what_a_pull_of_before_published_is_still_pulls_own(web: Asked, tmp_path: Path) -> None:
+    """The layout as it has always been: link, versions, and a note beside them."""
+    manifest, into = tmp_path / "adapters.yaml", tmp_path / "into"
+    for name in ("kept", "gone"):
+        version = into / ".versions" / name / ("d" * 64)
+        version.mkdir(parents=True)
+        note = {"source": "https://host/x", "sha256": None, "state": None, "digest": "d" * 64}
+        (version.parent / "pulled.json").write_text(json.dumps(note))
+        (into / name).symlink_to(f".versions/{name}/{'d' * 64}")
+    manifest.write_text(f"version: 1\nadapters:\n  kept: {{source: '{declared(web, 'a', b'one')}'}}\n")
+    (only,) = puller(into, manifest=manifest).pull()
+    assert (only.name, only.is_new, only.error) == ("kept", True, None)
+    assert weights(into, "kept") == b"one"
+    assert not os.path.lexists(into / "gone")
+    assert not (into / ".versions" / "gone").exists()
+
+
+def test_a_pull_or_withdrawal_that_was_killed_half_way_is_finished_later(web: Asked, tmp_path: Path) -> None:
+    manifest = tmp_path / "adapters.yaml"
+    source = declared(web, "a", b"one")
+    puller(tmp_path, source).pull()
+    (tmp_path / "a").unlink()  # as far as either may have come: there are versions, and no link to one
+    assert [(one.is_new, one.error) for one in puller(tmp_path, source).pull()] == [(True, None)]
+    (tmp_path / "a").unlink()
+    manifest.write_text("version: 1\nadapters: {}\n")
+    assert puller(tmp_path, manifest=manifest).pull() == []
+    assert not (tmp_path / ".versions" / "a").exists()
 
 
 def test_a_directory_of_this_machine_is_copied(tmp_path: Path) -> None:
