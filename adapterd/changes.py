@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
-from adapterd.names import NameRecord
+from adapterd.names import NameRecord, Owner
 from adapterd.reading import Files
 from adapterd.sources.source import Source, hashes_text
 
@@ -42,6 +42,16 @@ class NameChanges:
             self._catalog.put(replace(record, error=result, is_loading=False))
         else:
             self.publish(record, result, source=source)
+
+    def give_up(self, name: str, owner: Owner | None, error: Exception) -> None:
+        """End a reading in the background that could not even be settled, while `name` is still `owner`s: say why.
+
+        In memory alone, since the disk may be what failed. The version before, if there is one, serves on.
+        """
+        with self.of(name) as record:
+            if record.owner == owner:
+                reason = f"adapter {name!r} could not be taken over: {type(error).__name__}: {error}"
+                self._catalog.put(replace(record, error=reason, is_loading=False), save=False)
 
 
 def located(record: NameRecord, files: Files, source: Source) -> NameRecord:

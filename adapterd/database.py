@@ -142,15 +142,19 @@ class Database:
             ]
 
     def save(self, record: NameRecord) -> None:
-        """Replace what is known of a name, in one transaction."""
+        """Replace what is known of a name, in one transaction.
+
+        Raises sqlite3.Error, as for a full disk; then nothing has changed.
+        """
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 self._replace(record)
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # where a disk is full SQLite has ended it by itself
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Nothing can be saved afterwards. Closing twice is harmless."""

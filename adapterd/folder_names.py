@@ -40,6 +40,9 @@ class FolderOwner:
             if record.owner == "folder" and signature_of(found.path) == found.signature:
                 self._changes.settle(replace(record, signature=found.signature), result)
 
+    def give_up(self, name: str, error: Exception) -> None:
+        self._changes.give_up(name, "folder", error)
+
     def folder_names(self) -> dict[str, Path]:
         return {
             record.name: record.root

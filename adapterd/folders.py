@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from adapterd.polling import Poller
+from adapterd.retries import Retries
 from adapterd.watch import Found, Scan, Signature, scan
 
 _logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ class FolderNames(Protocol):
 
     def take(self, found: Found) -> None:
         """Read it and serve it, or record why not. Called in the pool."""
+        ...
+
+    def give_up(self, name: str, error: Exception) -> None:
+        """`take` raised: have whoever asks for the name told why, until a later try has done better."""
         ...
 
     def folder_names(self) -> dict[str, Path]:
@@ -57,6 +62,7 @@ class FolderWatcher:
         self._polls_missing: dict[str, int] = {}
         self._in_flight: set[str] = set()
         self._reported: set[str] = set()
+        self._retries = Retries.between_polls(poll_seconds)
         self._poller = Poller(self._poll, poll_seconds, name="adapter-watch")
 
     def start(self) -> None:
@@ -81,13 +87,25 @@ class FolderWatcher:
         """Have a folder read once it has stopped changing, or says itself that it is whole."""
         settled = first or found.signature.sealed or self._seen.get(found.name) == found.signature
         self._seen[found.name] = found.signature
-        if found.name not in self._in_flight and self._names.wants(found) and settled:
+        if found.name in self._in_flight or self._retries.is_resting(found.name):
+            return
+        if self._names.wants(found) and settled:
             self._in_flight.add(found.name)
             self._pool.submit(self._read, found)
 
     def _read(self, found: Found) -> None:
         try:
             self._names.take(found)
+            self._retries.forget(found.name)
+        except (
+            Exception
+        ) as error:  # the disk of --state is full, say: whatever it is, a later try may do better
+            rest_seconds = self._retries.failed(found.name)
+            _logger.exception(
+                "adapter %s: what its folder holds could not be taken over; the next try is in %g s",
+                *(found.name, rest_seconds),
+            )
+            self._names.give_up(found.name, error)
         finally:
             self._in_flight.discard(found.name)
 
@@ -101,4 +119,5 @@ class FolderWatcher:
             if missing >= _POLLS_UNTIL_GONE:
                 _logger.info("adapter %s: its folder is gone", name)
                 self._polls_missing.pop(name)
+                self._retries.forget(name)
                 self._names.folder_gone(name)

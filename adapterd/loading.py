@@ -3,6 +3,7 @@
 Every method waits for disk and network in the caller's thread.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from adapterd.names import NameRecord, Owner
 from adapterd.reading import AdapterReader, Files
 from adapterd.readings import has_moved
 from adapterd.sources.source import Source, hashes_from, parse_declared, parse_source
+
+_logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -119,8 +122,19 @@ class Loader:
         return adapter
 
     def reload(self, name: str) -> None:
-        """Read again what was loaded before the restart, since its files are others now, or the base is."""
+        """Read again what was loaded before the restart, since its files are others now, or the base is.
+
+        Raises nothing: called in a pool, where nobody would hear of it.
+        """
         record = self._catalog.record(name)
+        try:
+            self._reload(record)
+        except Exception as error:  # a full disk, say
+            _logger.exception("adapter %s: what its source holds now could not be taken over", name)
+            self._changes.give_up(name, record.owner, error)
+
+    def _reload(self, record: NameRecord) -> None:
+        name = record.name
         files: list[Files] = []
 
         def read() -> Adapter:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,8 @@ from adapterd.manifest import Declared, Manifest, ManifestAdapter, read_manifest
 from adapterd.names import NameRecord
 from adapterd.polling import Poller
 from adapterd.reading import AdapterReader, Files
+from adapterd.retries import Retries
 from adapterd.watch import signature_of
-
-RETRY_POLLS = (5, 300)
-"""How many polls after a failure it is tried again, at first and at most."""
 
 _logger = logging.getLogger(__name__)
 
@@ -42,12 +40,6 @@ class ManifestStatus:
     error: str | None
 
 
-@dataclass
-class _Retry:
-    at_seconds: float
-    wait_seconds: float
-
-
 class ManifestOwner:
     """Owns the names that the file at `path` lists. Polls in a thread of its own, from `start` on."""
 
@@ -61,7 +53,6 @@ class ManifestOwner:
         pool: ThreadPoolExecutor,
         *,
         poll_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises ConfigError if the manifest cannot be read now."""
         self.path = path
@@ -70,14 +61,12 @@ class ManifestOwner:
         self._changes = changes
         self._reader = reader
         self._pool = pool
-        self._poll_seconds = poll_seconds
-        self._clock = clock
         self._stamp = _stamp(path)
         self._manifest = read_manifest(path)
         self._error: str | None = None
         self._seen: dict[str, object] = {}
         self._in_flight: set[str] = set()
-        self._retries: dict[str, _Retry] = {}
+        self._retries = Retries.between_polls(poll_seconds)
         self._lock = threading.Lock()
         self._poller = Poller(self._poll, poll_seconds, name="manifest-watch")
 
@@ -113,8 +102,7 @@ class ManifestOwner:
             _logger.info(
                 "the manifest has changed: %d adapters, %s", len(manifest.adapters), manifest.sha256[:12]
             )
-            with self._lock:
-                self._retries.clear()
+            self._retries.forget_all()
         self._manifest, self._error, self._stamp = manifest, None, stamp
 
     def _converge(self, *, first: bool) -> None:
@@ -134,10 +122,13 @@ class ManifestOwner:
         """Whether an entry has yet to be acted upon: it is new or has changed, or its folder has and is at rest."""
         record = self._catalog.record(adapter.name)
         with self._lock:
-            retry = self._retries.get(adapter.name)
-            if adapter.name in self._in_flight or (retry and self._clock() < retry.at_seconds):
+            if adapter.name in self._in_flight:
                 return False
-        if record.owner != "manifest" or record.declared != adapter.text or retry is not None:
+        if self._retries.is_resting(adapter.name):
+            return False
+        if record.owner != "manifest" or record.declared != adapter.text:
+            return True
+        if self._retries.num_failures(adapter.name):
             return True
         if record.current is None or record.signature is None:
             return True
@@ -149,19 +140,18 @@ class ManifestOwner:
         return signature is not None and signature != record.signature and bool(settled)
 
     def _attempt(self, adapter: ManifestAdapter) -> None:
-        has_failed = True
         try:
-            has_failed = self._declare(adapter) is not None
-        except Exception:
+            if self._declare(adapter) is None:
+                self._retries.forget(adapter.name)
+            else:
+                self._retries.failed(adapter.name)
+        except Exception as error:
+            self._retries.failed(adapter.name)
             _logger.exception("adapter %s: what the manifest says could not be done", adapter.name)
-        finally:
+            self._changes.give_up(adapter.name, "manifest", error)
+        finally:  # who sees that it is no more in flight sees how it ended
             with self._lock:
                 self._in_flight.discard(adapter.name)
-                before = self._retries.pop(adapter.name, None)
-                if has_failed:
-                    first, most = (polls * self._poll_seconds for polls in RETRY_POLLS)
-                    wait = first if before is None else min(2 * before.wait_seconds, most)
-                    self._retries[adapter.name] = _Retry(self._clock() + wait, wait)
 
     def _declare(self, wanted: ManifestAdapter) -> str | None:
         """Make one name what its entry says; why that is not possible."""
@@ -208,8 +198,7 @@ class ManifestOwner:
             if record.owner == "manifest" and name not in manifest.adapters:
                 _logger.info("adapter %s: the manifest names it no more", name)
                 self._catalog.put(record.absent().ownerless())
-        with self._lock:
-            self._retries.pop(name, None)
+        self._retries.forget(name)
 
 
 def _claimed(record: NameRecord) -> NameRecord:

@@ -1,6 +1,7 @@
 """What survives: a restart, a change of base, and death in the middle of a write."""
 
 import json
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -225,3 +226,22 @@ def test_killed_in_the_middle_of_a_write_it_opens_whole(tmp_path: Path) -> None:
     counts = [current for current, *_ in seen]
     assert counts == sorted(counts)
     assert counts[-1] > len(seen)
+
+
+def test_a_full_disk_leaves_what_was_and_is_no_end(tmp_path: Path) -> None:
+    """A record larger than SQLite's cache is written before the commit, where SQLite ends the transaction itself."""
+    database = Database(tmp_path)
+    database.save(RECORD)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1 << 20, hard)
+    )  # the nearest to a full disk that needs no disk
+    try:
+        with pytest.raises(sqlite3.OperationalError, match="disk"):
+            database.save(replace(RECORD, error="x" * (8 << 20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert database.load() == [RECORD]
+    database.save(replace(RECORD, error="another"))
+    database.close()
+    assert reopened(tmp_path) == [replace(RECORD, error="another")]
