@@ -244,14 +244,18 @@ def adapters(flags: dict[str, Any]) -> int:
 def prove(flags: dict[str, Any]) -> int:
     settings = _settings(ProveSettings, flags)
 
-    from adapterd.full_proof import prove_adapters
+    from adapterd.full_proof import NotProven, prove_adapters
 
     proofs = prove_adapters(settings, settings.names)
+    refused = [proof for proof in proofs if isinstance(proof, NotProven) or proof.verdict == "refused"]
     for proof in proofs:
-        print(proof)
+        if isinstance(proof, NotProven):
+            print(f"adapterd: {proof.error}", file=sys.stderr)
+        else:
+            print(proof)
     if settings.json_out is not None:
         settings.json_out.write_text(json.dumps([proof.as_dict() for proof in proofs], indent=2) + "\n")
-    return EXIT_ERROR if any(proof.verdict == "refused" for proof in proofs) else 0
+    return EXIT_ERROR if refused else 0
 
 
 def version(flags: dict[str, Any]) -> int:

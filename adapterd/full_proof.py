@@ -62,9 +62,20 @@ class FullProof:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class NotProven:
+    """An adapter that is not served, and why: it has no answers to compare."""
+
+    adapter: str
+    error: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @torch.inference_mode()
-def prove_adapters(settings: DaemonSettings, names: Sequence[str]) -> list[FullProof]:
-    """Prove adapters of the settings' directories, all of them if no name is given. Raises AdapterRefused."""
+def prove_adapters(settings: DaemonSettings, names: Sequence[str]) -> list[FullProof | NotProven]:
+    """Prove adapters of the settings' directories, all of them if no name is given. Raises ModelNotFound."""
     with torch.inference_mode(False):
         daemon = Daemon.build(settings)
     daemon.registry.start()
@@ -73,9 +84,16 @@ def prove_adapters(settings: DaemonSettings, names: Sequence[str]) -> list[FullP
         wanted = list(names) or [entry.name for entry in daemon.registry.list()]
         if not wanted:
             raise ConfigError("there is no adapter to prove; give folders of adapters", param="adapters")
-        return [_prove(daemon, settings, name) for name in wanted]
+        return [_try_to_prove(daemon, settings, name) for name in wanted]
     finally:
         daemon.registry.stop()
+
+
+def _try_to_prove(daemon: Daemon, settings: DaemonSettings, name: str) -> FullProof | NotProven:
+    try:
+        return _prove(daemon, settings, name)
+    except AdapterRefused as error:
+        return NotProven(name, error.message)
 
 
 def _prove(daemon: Daemon, settings: DaemonSettings, name: str) -> FullProof:

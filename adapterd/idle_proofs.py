@@ -2,7 +2,8 @@
 
 The proof holds the base once more, so it is no part of this process, and none begins that was not asked for
 (`--prove-idle`). It runs at the lowest priority, begins once the engine has had no work for a while, is stopped where
-it stands as soon as there is some, and goes on when there is none. Each version that a name means is proven once.
+it stands as soon as there is some, and goes on when there is none. Each version that a name means is proven once; where
+a try gave no verdict, it is tried again later.
 """
 
 import json
@@ -20,12 +21,14 @@ from typing import Any
 
 from adapterd.core import AdapterDigest, AdapterId, EngineStats
 from adapterd.entries import AdapterEntry
+from adapterd.retries import Retries
 
 _logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _LOWEST_PRIORITY = 19
-_REST_SECONDS = 1.0
+_MOST_RETRIES_APART = 64.0
+"""In times of the rest after the first failure: a version that fails for ever is tried about once an hour."""
 
 Proven = Mapping[str, Any]
 """What `adapters prove` writes of one adapter (`full_proof.FullProof`), or `error` alone where it could not."""
@@ -50,6 +53,10 @@ def current_versions(entries: Iterable[AdapterEntry]) -> list[tuple[AdapterId, P
     ]
 
 
+class _NoVerdict(Exception):
+    """The process ended and has judged nothing: the system ended it, or something hindered it."""
+
+
 class IdleProofs:
     """`current` gives the versions that names mean now and their folders; `stats` tells whether there is work."""
 
@@ -60,15 +67,18 @@ class IdleProofs:
         stats: Callable[[], EngineStats],
         *,
         idle_seconds: float,
+        look_seconds: float = 1.0,
         retry_seconds: float = 60.0,
         max_superseded: int = 4096,
     ) -> None:
-        """`retry_seconds`: the rest after a proof that could not be begun or kept, as on a full disk.
-        `max_superseded`: proofs that are kept of versions which no name means any more."""
+        """`look_seconds`: between two looks, where there was nothing to prove. `retry_seconds`: the rest after a proof
+        that gave no verdict, as on a full disk or where the system has ended it; the same version rests for longer
+        each time. `max_superseded`: proofs that are kept of versions which no name means any more."""
         self._command = tuple(command)
         self._current = current
         self._stats = stats
         self._idle_seconds = idle_seconds
+        self._look_seconds = look_seconds
         self._retry_seconds = retry_seconds
         self._max_superseded = max_superseded
         self._stopping = threading.Event()
@@ -76,6 +86,7 @@ class IdleProofs:
         self._num_steps = -1
         self._idle_since = time.monotonic()
         self._proofs: dict[AdapterDigest, Proven] = {}
+        self._retries = Retries(retry_seconds, _MOST_RETRIES_APART * retry_seconds)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="idle-proofs", daemon=True)
@@ -88,7 +99,7 @@ class IdleProofs:
             self._thread.join()
 
     def of(self, digest: AdapterDigest) -> Proven | None:
-        """What was found of a version; None before."""
+        """What was found of a version, or why the last try found nothing; None before."""
         return self._proofs.get(digest)
 
     def _run(self) -> None:
@@ -96,29 +107,44 @@ class IdleProofs:
             if self._seconds_idle() < self._idle_seconds:
                 continue
             try:
-                rest_seconds = 0.0 if self._prove_next() else _REST_SECONDS
-            except Exception:  # a full disk, say: whatever it is, the next try may do better
-                _logger.exception(
-                    "an adapter could not be proven; the next try is in %g s", self._retry_seconds
-                )
+                rest_seconds = 0.0 if self._prove_next() else self._look_seconds
+            except _NoVerdict as error:
                 rest_seconds = self._retry_seconds
+                _logger.warning("%s; the next proof is tried in %g s", error, rest_seconds)
+            except Exception:  # a full disk, say: whatever it is, the next try may do better
+                rest_seconds = self._retry_seconds
+                _logger.exception("an adapter could not be proven; the next try is in %g s", rest_seconds)
             self._stopping.wait(rest_seconds)
 
     def _prove_next(self) -> bool:
-        """Prove a version that has not been; False if there is none."""
+        """Prove a version that has not been; False if there is none. Raises what hinders the proof."""
         current = tuple(self._current())
         self._forget_superseded({adapter_id.digest for adapter_id, _ in current})
-        found = next((one for one in current if one[0].digest not in self._proofs), None)
-        if found is None:
+        due = [one for one in current if self._is_due(one[0].digest)]
+        if not due:
             return False
-        self._prove(*found)
+        # What has failed comes after what has not: it may fail for ever, and nothing else would get a turn.
+        adapter_id, folder = min(due, key=lambda one: self._retries.num_failures(one[0].digest))
+        try:
+            self._prove(adapter_id, folder)
+        except Exception as error:
+            self._retries.failed(adapter_id.digest)
+            self._proofs[adapter_id.digest] = {"error": f"{error}; it will be tried again"}
+            raise
+        self._retries.forget(adapter_id.digest)
         return True
+
+    def _is_due(self, digest: AdapterDigest) -> bool:
+        if self._retries.num_failures(digest):
+            return not self._retries.is_resting(digest)
+        return digest not in self._proofs
 
     def _forget_superseded(self, current: Set[AdapterDigest]) -> None:
         """Down to the bound, the oldest first. What names mean is no part of it: it would be proven again."""
         superseded = [digest for digest in self._proofs if digest not in current]
         for digest in superseded[: max(0, len(superseded) - self._max_superseded)]:
             del self._proofs[digest]
+        self._retries.forget_others(self._proofs.keys())
 
     def _seconds_idle(self) -> float:
         """How long there has been no work; a step since the last look counts as work."""
@@ -148,7 +174,7 @@ class IdleProofs:
                 process.kill()
                 process.wait()
             if has_ended:
-                self._proofs[adapter_id.digest] = _read(adapter_id, verdict, log)
+                self._proofs[adapter_id.digest] = _read(adapter_id, process.returncode, verdict, log)
 
     def _wait(self, process: "subprocess.Popen[bytes]") -> bool:
         """Let it run while there is no work, until it has ended; False where we are to stop first."""
@@ -169,16 +195,25 @@ def _environment() -> dict[str, str]:
     return {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _read(adapter_id: AdapterId, verdict: Path, log: Path) -> Proven:
-    name, digest = adapter_id.name, adapter_id.digest
+def _read(adapter_id: AdapterId, status: int, verdict: Path, log: Path) -> Proven:
+    """What the process wrote before it ended with `status`. Raises _NoVerdict."""
+    about = f"adapter {adapter_id.name} ({adapter_id.digest[:12]})"
     try:
         (proof,) = json.loads(verdict.read_text())
     except (OSError, ValueError):
-        error = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        _logger.warning("adapter %s (%s) could not be proven: %s", name, digest[:12], error)
-        return {"error": error}
-    if proof["digest"] != digest:
+        raise _NoVerdict(f"the proof of {about} {_how_it_ended(status, log)}") from None
+    if "error" in proof:
+        _logger.warning("%s could not be proven: %s", about, proof["error"])
+        return {"error": proof["error"]}
+    if proof["digest"] != adapter_id.digest:
         return {"error": f"its folder holds {proof['digest'][:12]} by now"}
     level = logging.WARNING if proof["verdict"] == "refused" else logging.INFO
-    _logger.log(level, "adapter %s (%s): whole answers are %s", name, digest[:12], proof["verdict"])
+    _logger.log(level, "%s: whole answers are %s", about, proof["verdict"])
     return {key: value for key, value in proof.items() if key != "adapter"}
+
+
+def _how_it_ended(status: int, log: Path) -> str:
+    if status < 0:
+        return f"was ended by signal {-status} ({signal.strsignal(-status)}); perhaps memory was short"
+    last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+    return f"ended with status {status} and no verdict: {last_line}"

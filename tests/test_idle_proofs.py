@@ -29,7 +29,14 @@ while not os.path.exists(folder + ".go"):
 if any(variable.startswith("ADAPTERD_") for variable in os.environ):
     sys.exit("there is a setting of serve's")
 if name == "broken":
-    sys.exit("no adapter there")
+    json.dump([{"adapter": name, "error": "no adapter there"}], open(out, "w"))
+    sys.exit(1)
+if not os.path.exists(folder + ".can"):
+    if name == "a-killed":
+        os.kill(os.getpid(), 9)
+    if name == "a-unwritten":
+        open(out, "w").write("[{")
+        sys.exit("No space left on device")
 json.dump([{"adapter": name, "digest": name[0] * 64, "verdict": "exact"}], open(out, "w"))
 """
 
@@ -53,7 +60,15 @@ def work() -> Work:
 
 
 @pytest.fixture
-def make(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., IdleProofs]]:
+def looks() -> list[None]:
+    """One for each look for a version that is to be proven; the proof of one ends before the next look."""
+    return []
+
+
+@pytest.fixture
+def make(
+    work: Work, looks: list[None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., IdleProofs]]:
     made: list[IdleProofs] = []
     monkeypatch.setenv("ADAPTERD_PORT", "8000")
 
@@ -65,7 +80,12 @@ def make(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., 
     ) -> IdleProofs:
         """`current`, rather than `named`, where it is to change later."""
         now = named if current is None else current
-        proofs = IdleProofs(command, lambda: now, work.stats, idle_seconds=0.2, **settings)
+
+        def look() -> Sequence[tuple[AdapterId, Path]]:
+            looks.append(None)
+            return now
+
+        proofs = IdleProofs(command, look, work.stats, idle_seconds=0.2, look_seconds=0.05, **settings)
         made.append(proofs)
         proofs.start()
         return proofs
@@ -75,10 +95,22 @@ def make(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., 
         proofs.stop()
 
 
+def error_of(proofs: IdleProofs, adapter_id: AdapterId) -> str:
+    found = proofs.of(adapter_id.digest)
+    assert found is not None
+    return str(found["error"])
+
+
 def process_of(folder: Path) -> psutil.Process:
     file = folder.with_name(folder.name + ".pid")
     until(lambda: file.exists() and bool(file.read_text()))
     return psutil.Process(int(file.read_text()))
+
+
+def look_again(looks: list[None]) -> None:
+    """Wait for a whole look that begins from now on, and what it proves."""
+    before = len(looks)
+    until(lambda: len(looks) >= before + 2)
 
 
 def let_go(folder: Path) -> None:
@@ -86,7 +118,7 @@ def let_go(folder: Path) -> None:
 
 
 def test_each_version_is_proven_once_at_the_lowest_priority(
-    make: Callable[..., IdleProofs], tmp_path: Path
+    make: Callable[..., IdleProofs], looks: list[None], tmp_path: Path
 ) -> None:
     proofs = make((A, tmp_path / "a"), (B, tmp_path / "b"))
     assert process_of(tmp_path / "a").nice() == 19
@@ -96,7 +128,7 @@ def test_each_version_is_proven_once_at_the_lowest_priority(
     until(lambda: proofs.of(B.digest) is not None)
     assert proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"}
     first = (tmp_path / "a.pid").read_text()
-    time.sleep(1.5)
+    look_again(looks)
     assert (tmp_path / "a.pid").read_text() == first
 
 
@@ -158,14 +190,63 @@ def test_what_hinders_one_try_does_not_end_the_tries(
     prover = tmp_path / "prover"  # is not there at first, which is an OSError as a full disk is
     proofs = make((A, tmp_path / "a"), command=(str(prover), "-c", PROVER), retry_seconds=0.05)
     until(lambda: caplog.text.count("FileNotFoundError") >= 2)
-    assert proofs.of(A.digest) is None
+    assert "it will be tried again" in error_of(proofs, A)
     prover.symlink_to(sys.executable)
+    until(lambda: proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a-killed", "was ended by signal 9 (Killed)"),
+        ("a-unwritten", "ended with status 1 and no verdict: No space left on device"),
+    ],
+)
+def test_a_process_that_ends_without_a_verdict_is_begun_again_after_the_others(
+    name: str,
+    reason: str,
+    make: Callable[..., IdleProofs],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for folder in (name, "b"):
+        let_go(tmp_path / folder)
+    proofs = make((A, tmp_path / name), (B, tmp_path / "b"), retry_seconds=0.05)
+    until(lambda: proofs.of(B.digest) == {"digest": B.digest, "verdict": "exact"})
+    assert reason in error_of(proofs, A)
+    until(lambda: caplog.text.count(reason) >= 2)
+    (tmp_path / f"{name}.can").touch()
+    until(lambda: proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"})
+
+
+def test_what_fails_each_time_keeps_nothing_else_from_its_turn(
+    make: Callable[..., IdleProofs], tmp_path: Path
+) -> None:
+    """Although it comes first, and no rest is left when the next is chosen."""
+    for folder in ("a-killed", "b", "c"):
+        let_go(tmp_path / folder)
+    proofs = make((A, tmp_path / "a-killed"), (B, tmp_path / "b"), (C, tmp_path / "c"), retry_seconds=0.0)
+    until(lambda: proofs.of(C.digest) is not None)
+    assert "signal 9" in error_of(proofs, A)
+
+
+def test_what_failed_and_is_meant_again_is_tried_again(
+    make: Callable[..., IdleProofs], tmp_path: Path
+) -> None:
+    for folder in ("a-killed", "b"):
+        let_go(tmp_path / folder)
+    current = [(A, tmp_path / "a-killed")]
+    proofs = make(current=current, retry_seconds=0.05)
     until(lambda: proofs.of(A.digest) is not None)
-    assert proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"}
+    current[:] = [(B, tmp_path / "b")]
+    until(lambda: proofs.of(B.digest) is not None)
+    (tmp_path / "a-killed.can").touch()
+    current[:] = [(A, tmp_path / "a-killed")]
+    until(lambda: proofs.of(A.digest) == {"digest": A.digest, "verdict": "exact"})
 
 
 def test_what_names_mean_is_proven_once_however_little_is_kept_and_what_they_meant_is_forgotten(
-    make: Callable[..., IdleProofs], tmp_path: Path
+    make: Callable[..., IdleProofs], looks: list[None], tmp_path: Path
 ) -> None:
     for name in "abc":
         let_go(tmp_path / name)
@@ -174,7 +255,7 @@ def test_what_names_mean_is_proven_once_however_little_is_kept_and_what_they_mea
     until(lambda: proofs.of(B.digest) is not None)
     (tmp_path / "a.pid").unlink()
     (tmp_path / "b.pid").unlink()
-    time.sleep(1.5)
+    look_again(looks)
     assert proofs.of(A.digest) is not None
     current[:] = [(C, tmp_path / "c")]
     until(lambda: proofs.of(C.digest) is not None)

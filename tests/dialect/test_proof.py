@@ -156,13 +156,19 @@ def test_prove_compares_whole_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*arguments, "nobody"]) != 0
 
 
-def test_prove_refuses_what_is_not_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prove_refuses_what_is_not_peft_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_llama(tmp_path / "base")
-    save_peft(tmp_path / "base", tmp_path / "adapters" / "bad", seed=1, target_modules=["q_proj"])
+    for name in ("bad", "good"):
+        save_peft(tmp_path / "base", tmp_path / "adapters" / name, seed=1, target_modules=["q_proj"])
     weights = tmp_path / "adapters" / "bad" / WEIGHTS_FILE
     tensors = load_file(weights)
     tensors.popitem()
     save_file(tensors, weights)
-    arguments = ["adapters", "prove", "bad", "--base", str(tmp_path / "base")]
-    assert main([*arguments, "--adapters", str(tmp_path / "adapters")]) != 0
+    arguments = ["--base", str(tmp_path / "base"), "--adapters", str(tmp_path / "adapters")]
+    assert main(["adapters", "prove", *arguments, "--json-out", str(tmp_path / "out.json")]) != 0
     assert "is missing" in capsys.readouterr().err
+    bad, good = json.loads((tmp_path / "out.json").read_text())
+    assert (bad["adapter"], "is missing" in bad["error"]) == ("bad", True)
+    assert (good["adapter"], good["verdict"]) == ("good", "exact")
