@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from adapterd.core import BASE_MIX, AdapterMix, Output, Request, RequestId, SamplingParams
+from adapterd.core import BASE_MIX, AdapterMix, BaseSpec, Output, Request, RequestId, SamplingParams
 from adapterd.daemon import Daemon, DaemonSettings
 from adapterd.deltas import ReplacedRows
 from adapterd.errors import AdapterRefused, ConfigError
 from adapterd.model.find import find_base
+from adapterd.model.int8 import round_linears
 from adapterd.proof import Verdict
 
 _PROMPT_LENGTHS = (7, 19, 40)
@@ -34,6 +35,7 @@ class FullProof:
     """`max_error` and `base_error` are the largest differences in log probability, with the adapter and without.
 
     On a base of 16 bits the bare base's own error is the measure: twice that, and 0.05, is within bound.
+    PEFT computes over the base that is served: in int8, over its rounded weights.
     """
 
     adapter: str
@@ -112,7 +114,7 @@ def _prove(daemon: Daemon, settings: DaemonSettings, name: str) -> FullProof:
     errors: list[float] = []
     num_equal = num_tokens = 0
     for path, answers in zip((adapter.path, None), found, strict=True):
-        reference = _reference(directory, path)
+        reference = _reference(directory, path, daemon.spec)
         error = 0.0
         for prompt, answer in zip(prompts, answers, strict=True):
             expected = _logprobs(reference, prompt)
@@ -196,12 +198,15 @@ def _serve(daemon: Daemon, prompts: Sequence[list[int]], mixes: Sequence[Adapter
     ]
 
 
-def _reference(base: Any, adapter: Any) -> Any:
-    """transformers' own model in float32 on the CPU, PEFT's adapter in it."""
+def _reference(base: Any, adapter: Any, served: BaseSpec) -> Any:
+    """transformers' own model in float32 on the CPU, with the weights that are served, PEFT's adapter in it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    if served.quantization == "int8":
+        round_linears(model, getattr(torch, served.dtype))
+        model.config.tie_word_embeddings = False  # the rounded head is no longer the embedding
     if adapter is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weight tying, which is what is looked at here

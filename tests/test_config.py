@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from adapterd.config import COMMANDS, EvalSettings, ServeSettings, TrainSettings, load_settings, parse_bytes
+from adapterd.config import (
+    COMMANDS,
+    EvalSettings,
+    ProveSettings,
+    ServeSettings,
+    TrainSettings,
+    load_settings,
+    parse_bytes,
+)
 from adapterd.errors import ConfigError
 
 
@@ -143,3 +151,12 @@ def test_how_adapters_are_called_depends_on_who_looks_for_them() -> None:
     assert loading.listed_spellings == ("prefixed", "bare")
     bare = load_settings(ServeSettings, {"allow_runtime_adapters": True, "model_id_style": "bare"}, {})
     assert bare.listed_spellings == bare.router_spellings == ("bare",)
+
+
+def test_proofs_on_a_base_whose_weights_cannot_be_had_are_refused_by_name() -> None:
+    for settings, flags in ((ServeSettings, {"prove_idle": "60"}), (ProveSettings, {})):
+        what = "--prove-idle" if flags else "adapters prove"
+        with pytest.raises(ConfigError, match=f"{what} cannot go with --quantization bnb-4bit"):
+            load_settings(settings, {**flags, "quantization": "bnb-4bit"}, {})
+        load_settings(settings, {**flags, "quantization": "int8"}, {})
+    load_settings(ServeSettings, {"quantization": "bnb-4bit"}, {})

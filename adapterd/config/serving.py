@@ -40,6 +40,16 @@ _SPELLINGS: dict[str, tuple[Spelling, ...]] = {
 }
 
 
+def _check_provable(quantization: Quantization, what: str) -> None:
+    """Raise if `what` could not compare answers of such a base with PEFT's over the same weights in float32."""
+    if quantization.startswith("bnb-"):
+        message = (
+            "{what} cannot go with --quantization {quantization}: the answers are compared with those over the same"
+            " weights in float32 on the CPU, where there is no bitsandbytes; use --quantization int8 or none"
+        )
+        raise PydanticCustomError("quantization", message, {"what": what, "quantization": quantization})
+
+
 class EngineSettings(Settings):
     """What the engine needs, whoever asks it: the daemon or an evaluation."""
 
@@ -163,6 +173,12 @@ class ServeSettings(EngineSettings):
         """How /v1/models lists adapters. Controllers that load them look for the names they gave."""
         return _SPELLINGS[self.model_id_style or ("both" if self.allow_runtime_adapters else "prefixed")]
 
+    @model_validator(mode="after")
+    def _idle_proofs_are_possible(self) -> "ServeSettings":
+        if self.prove_idle is not None:
+            _check_provable(self.quantization, "--prove-idle")
+        return self
+
 
 class PullSettings(Settings):
     command: ClassVar[str] = "pull"
@@ -202,3 +218,8 @@ class ProveSettings(EngineSettings):
 
     names: Names = Field((), description="names of the adapters to prove (default: all)")
     json_out: Path | None = Field(None, description="write the verdicts to this file as JSON")
+
+    @model_validator(mode="after")
+    def _proofs_are_possible(self) -> "ProveSettings":
+        _check_provable(self.quantization, self.command)
+        return self

@@ -100,11 +100,7 @@ def quantize_linears(model: nn.Module) -> int:
 
     The embedding stays as it is, so a head that was tied to it has weights of its own from now on.
     """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear and path.rpartition(".")[2] not in _ROUTERS
-    ]
+    found = _to_be_rounded(model)
     before = _num_bytes(model)
     for path, linear in found:
         parent, _, name = path.rpartition(".")
@@ -112,6 +108,27 @@ def quantize_linears(model: nn.Module) -> int:
     saved = before - _num_bytes(model)
     logger.info("%d linears in 8 bits: %.1f MB less", len(found), saved / 1e6)
     return saved
+
+
+@torch.no_grad()
+def round_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give, in place, each linear the weight that `quantize_linears` makes of it where the model is loaded in `dtype`.
+
+    It is written out in the model's own type, float32 for a reference: whoever computes with the model computes on the
+    numbers that an int8 base multiplies. A head that was tied to the embedding has weights of its own from now on.
+    """
+    for _, linear in _to_be_rounded(model):
+        values, scales = quantize_rows(linear.weight.detach().to(dtype))
+        rounded = dequantize_rows(values, scales, linear.weight.dtype)
+        linear.weight = nn.Parameter(rounded, requires_grad=False)
+
+
+def _to_be_rounded(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and path.rpartition(".")[2] not in _ROUTERS
+    ]
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -156,6 +156,24 @@ def test_prove_compares_whole_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*arguments, "nobody"]) != 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_in_8_bits_is_compared_with_peft_over_its_rounded_weights(tmp_path: Path, dtype: str) -> None:
+    """With a tied head, which has weights of its own once they are rounded, and magnitudes of the rounded rows."""
+    base = tmp_path / "base"
+    tiny_llama(base)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    save_peft(base, tmp_path / "adapter", seed=1, target_modules=["q_proj", "lm_head"], use_dora=True)
+    arguments = ["--base", str(base), "--adapters", str(tmp_path / "adapter"), "--device", "cpu"]
+    quantized = [*arguments, "--dtype", dtype, "--quantization", "int8"]
+    assert main(["adapters", "prove", *quantized, "--json-out", str(tmp_path / "out.json")]) == 0
+    (proof,) = json.loads((tmp_path / "out.json").read_text())
+    assert proof["verdict"] == ("exact" if dtype == "float32" else "within bound")
+
+
 def test_prove_refuses_what_is_not_peft_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

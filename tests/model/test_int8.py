@@ -1,5 +1,6 @@
 """Linears of 8 bits: the reference, the C++ operator and Triton's kernel are one product; rounding stays in bounds."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from torch.nn import functional as F
 
 from adapterd.errors import BaseRefused
 from adapterd.model.base import load_base
-from adapterd.model.int8 import Int8Linear, dequantize_rows, int8_linear, quantize_linears, quantize_rows
+from adapterd.model.int8 import (
+    Int8Linear,
+    dequantize_rows,
+    int8_linear,
+    quantize_linears,
+    quantize_rows,
+    round_linears,
+)
 from adapterd.model.linear_cpu import CpuInt8Linear, float32_linear, native_linear, use_fastest_linears
 from tests.model.test_linear_cpu import SHAPES, TOKENS, draw
 from tests.native_kernels import require_native_kernels
@@ -166,6 +174,23 @@ def test_routers_and_embeddings_keep_their_weights_and_a_tied_head_gets_its_own(
     assert (model.head.weight - before).abs().max() <= model.head.scales.max()
     # up: 3 bytes of 4 less and a scale for each row; the head was the embedding's, and now takes memory of its own.
     assert saved == 24 * 16 * 3 - 24 * 4 - (50 * 16 + 50 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float32_model_is_given_the_very_weights_that_a_base_of_any_type_multiplies(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    model = Routed()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    served = copy.deepcopy(model).to(dtype)
+    quantize_linears(served)
+    round_linears(model, dtype)
+    for rounded, linear in ((model.up, served.up), (model.head, served.head)):
+        assert isinstance(linear, Int8Linear)
+        assert torch.equal(rounded.weight, dequantize_rows(linear.values, linear.scales, torch.float32))
+    for name in ("embed.weight", "gate.weight", "up.bias"):
+        assert torch.equal(model.state_dict()[name], before[name])
 
 
 def test_chosen_ways_keep_the_module_an_int8_linear() -> None:
