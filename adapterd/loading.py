@@ -75,7 +75,7 @@ class Loader:
                 return served.id
             if record.owner == "manifest":
                 raise self._lookup.owned_by_manifest(name)
-            is_watched = files.path.parent in self._reader.directories and files.path.name == name
+            is_watched = files.path == self._reader.watched(name)
             owner: Owner = "folder" if is_watched else "runtime"
             record = replace(located(record, files, parsed), owner=owner)
             if is_watched:

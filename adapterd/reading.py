@@ -23,7 +23,7 @@ from adapterd.peft_targets import Layouts
 from adapterd.sources.places import AdapterPlaces
 from adapterd.sources.source import NO_HASHES, Hashes, Source, parse_source
 from adapterd.token_table import TokenizerIdentity
-from adapterd.watch import Signature, signature_of
+from adapterd.watch import Signature, find_watched, signature_of
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ class AdapterReader:
         events: AdapterEvents | None = None,
     ) -> None:
         """`places` are `found`. `check` raises AdapterRefused for an adapter that can never fit."""
-        self.directories = places.directories
+        self._directories = places.directories
+        self._named = places.named
         self._base = base
         self._allow = places.allow
         self._cache = places.cache
@@ -87,6 +88,10 @@ class AdapterReader:
         if source is None:
             return root in self._roots
         return self._cache is not None and self._allow.allows(parse_source(source)[0])
+
+    def watched(self, name: str) -> Path | None:
+        """The folder that is watched for this name now."""
+        return find_watched(name, self._directories, self._named)
 
     def obtain(self, source: Source, hashes: Hashes, *, param: str = "source") -> Files:
         """Where a source's files are, downloaded if they have to be.

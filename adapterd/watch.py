@@ -87,6 +87,20 @@ def scan(roots: Sequence[Path], named: Mapping[str, Path] = MappingProxyType({})
     return Scan(found, frozenset(unreadable), tuple(problems))
 
 
+def find_watched(name: str, roots: Sequence[Path], named: Mapping[str, Path]) -> Path | None:
+    """The folder that `scan` finds under this name; None if there is none. Looks at no other name."""
+    if name in named and signature_of(named[name]) is not None:
+        return named[name]
+    for root in roots:
+        try:
+            child = root if (root / CONFIG_FILE).exists() else root / name
+        except OSError:
+            continue
+        if child.name == name and signature_of(child) is not None:
+            return child
+    return None
+
+
 def signature_of(directory: Path) -> Signature | None:
     """The folder's signature now; None if it has no adapter_config.json, or is just being replaced."""
     files = []
