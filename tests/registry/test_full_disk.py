@@ -43,7 +43,7 @@ def test_a_new_folder_is_said_to_have_failed_and_served_once_there_is_room(
     registry = make(database=database)  # which waits until no name is LOADING
     assert registry.entry("a").state == "FAILED"
     assert says_why(registry, "a")
-    assert "adapter a: what its folder holds could not be taken over" in caplog.text
+    assert "adapter a: its folder could not be taken over" in caplog.text
     until(lambda: len(database.refused_at) >= 4)
     database.is_full = False
     until(lambda: serves(registry, "a", 1.0))
