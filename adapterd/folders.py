@@ -97,13 +97,10 @@ class FolderWatcher:
         try:
             self._names.take(found)
             self._retries.forget(found.name)
-        except (
-            Exception
-        ) as error:  # the disk of --state is full, say: whatever it is, a later try may do better
-            rest_seconds = self._retries.failed(found.name)
+        except Exception as error:  # the disk of --state is full, say: a later try may do better
+            seconds = self._retries.failed(found.name)
             _logger.exception(
-                "adapter %s: what its folder holds could not be taken over; the next try is in %g s",
-                *(found.name, rest_seconds),
+                "adapter %s: its folder could not be taken over; the next try is in %g s", found.name, seconds
             )
             self._names.give_up(found.name, error)
         finally:
