@@ -24,9 +24,7 @@ def find_modules(model: Any, run: Callable[[int], None]) -> BaseModules:
     run(n) is a forward of n tokens that returns the logits of all.
     """
     named = dict(model.named_modules())
-    owners = {
-        path: m for path, m in named.items() if path and next(m.parameters(recurse=False), None) is not None
-    }
+    owners = {path: module for path, module in named.items() if path and _has_weights(module)}
     calls = [_calls(owners, run, count) for count in _NUM_TOKENS]
     axes = {path: _token_axis(*(seen.get(path, []) for seen in calls)) for path in owners}
     input_axes = {path: axis for path, axis in axes.items() if axis is not None}
@@ -50,6 +48,11 @@ def find_modules(model: Any, run: Callable[[int], None]) -> BaseModules:
         },
         transposed=frozenset(path for path, module in named.items() if isinstance(module, Conv1D)),
     )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Of its own; those of a linear in 8 bits are no parameters."""
+    return isinstance(module, Int8Linear) or next(module.parameters(recurse=False), None) is not None
 
 
 def _shapes(model: nn.Module, named: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:

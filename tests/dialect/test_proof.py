@@ -166,12 +166,18 @@ def test_a_base_in_8_bits_is_compared_with_peft_over_its_rounded_weights(tmp_pat
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_bytes())
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    save_peft(base, tmp_path / "adapter", seed=1, target_modules=["q_proj", "lm_head"], use_dora=True)
-    arguments = ["--base", str(base), "--adapters", str(tmp_path / "adapter"), "--device", "cpu"]
+    for name, is_dora in (("dora", True), ("lora", False)):
+        targets = ["q_proj", "down_proj"]
+        save_peft(base, tmp_path / "adapters" / name, seed=1, target_modules=targets, use_dora=is_dora)
+    arguments = ["--base", str(base), "--adapters", str(tmp_path / "adapters"), "--device", "cpu"]
     quantized = [*arguments, "--dtype", dtype, "--quantization", "int8"]
     assert main(["adapters", "prove", *quantized, "--json-out", str(tmp_path / "out.json")]) == 0
-    (proof,) = json.loads((tmp_path / "out.json").read_text())
-    assert proof["verdict"] == ("exact" if dtype == "float32" else "within bound")
+    proofs = json.loads((tmp_path / "out.json").read_text())
+    verdict = "exact" if dtype == "float32" else "within bound"
+    assert [(proof["adapter"], proof["verdict"]) for proof in proofs] == [
+        ("dora", verdict),
+        ("lora", verdict),
+    ]
 
 
 def test_prove_refuses_what_is_not_peft_and_goes_on(

@@ -46,7 +46,8 @@ def test_a_new_folder_is_said_to_have_failed_and_served_once_there_is_room(
     assert "adapter a: its folder could not be taken over" in caplog.text
     until(lambda: len(database.refused_at) >= 4)
     database.is_full = False
-    until(lambda: serves(registry, "a", 1.0))
+    until(lambda: registry.entry("a").state == "READY")
+    assert value_of(registry, "a") == 1.0
     assert registry.entry("a").error is None
     # Rests of 5, 10 and 20 polls, of 0.01 s each, lie between four tries.
     assert database.refused_at[3] - database.refused_at[0] >= 0.35
@@ -104,6 +105,6 @@ def test_what_a_manifest_names_is_said_to_have_failed(root: Path, tmp_path: Path
         assert registry.entry("a").state == "FAILED"
         assert says_why(registry, "a")
         database.is_full = False
-        until(lambda: serves(registry, "a", 1.0))
+        until(lambda: registry.entry("a").state == "READY")
     finally:
         registry.stop()
