@@ -211,9 +211,12 @@ def test_a_folder_that_was_unloaded_is_not_looked_for(
         registry = make(hub.url, tmp_path / "adapters")
         assert registry.wait_loaded(10)
         registry.unload("support")
-        for _ in range(2):
-            with pytest.raises(ModelNotFound):
-                registry.resolve_waiting("mini:support", 5)
+        with pytest.raises(BeingRead) as search:
+            registry.resolve("mini:support")
+        with pytest.raises(ModelNotFound, match="was unloaded"):
+            search.value.done.result(5)
+        with pytest.raises(ModelNotFound):
+            registry.resolve("mini:support")
         assert hub.paths == []
         assert registry.stats().num_reads == 1
 
