@@ -4,7 +4,9 @@
     python -m bench.table bench/results/2026-11-23-epyc --into bench/README.md         # between its markers
     python -m bench.table bench/results/2026-11-28-epyc-7003 --into bench/README.md --markers speed-avx2    # others
 
-Figures are medians over the visits. A cell that was not measured is shown as missing, never left out.
+Figures are medians over the visits. What one of our own loads takes of another is the median of the ratios within a
+visit, or between servers visited as often, of visits of one number: a machine drifts by more than adapters cost. A
+cell that was not measured is shown as missing, never left out.
 """
 
 import argparse
@@ -32,8 +34,9 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell's medians over its visits, and how far apart these were."""
+    """A cell's medians over its visits, and how far apart these were. rates: output tokens/s by visit."""
 
+    rates: Mapping[int, float]
     tokens_per_second: float
     first_token_seconds: float
     peak_bytes: float | None
@@ -76,19 +79,20 @@ TAX: tuple[tuple[str, str, str, int, tuple[int, ...], float], ...] = (
 
 def read_results(directory: Path) -> dict[Key, Measured]:
     """Raises ValueError if there are none."""
-    found: dict[Key, list[dict[str, Any]]] = {}
+    found: dict[Key, dict[int, dict[str, Any]]] = {}
     for path in sorted(directory.glob("*.json")):
         result = json.loads(path.read_text())
         if "cell" in result:
-            found.setdefault(Key(**result["cell"]), []).append(result["median"])
+            found.setdefault(Key(**result["cell"]), {})[result["visit"]] = result["median"]
     if not found:
         raise ValueError(f"{directory} has no results of bench.matrix")
     return {key: _measured(medians) for key, medians in found.items()}
 
 
-def _measured(medians: Sequence[dict[str, Any]]) -> Measured:
-    rates = [median["output_tokens_per_second"] for median in medians]
-    rate = statistics.median(rates)
+def _measured(by_visit: Mapping[int, dict[str, Any]]) -> Measured:
+    medians = list(by_visit.values())
+    rates = {visit: median["output_tokens_per_second"] for visit, median in by_visit.items()}
+    rate = statistics.median(rates.values())
 
     def middle(name: str) -> float | None:
         known = [median[name] for median in medians if median[name] is not None]
@@ -99,12 +103,13 @@ def _measured(medians: Sequence[dict[str, Any]]) -> Measured:
         return statistics.median(known) if known else float("nan")
 
     return Measured(
+        rates=rates,
         tokens_per_second=rate,
         first_token_seconds=percentile_50("ttft_seconds"),
         peak_bytes=middle("peak_rss_bytes"),
         startup_seconds=middle("startup_seconds"),
         num_visits=len(rates),
-        spread=(max(rates) - min(rates)) / rate if rate else 0.0,
+        spread=(max(rates.values()) - min(rates.values())) / rate if rate else 0.0,
         num_errors=sum(median["num_errors"] for median in medians),
     )
 
@@ -113,6 +118,13 @@ def better_peer(results: Results, traffic: str, concurrency: int, peers: Sequenc
     keys = [Key(peer, traffic, concurrency) for peer in peers]
     known = [key for key in keys if key in results]
     return max(known, key=lambda key: results[key].tokens_per_second) if known else None
+
+
+def share_of(found: Measured, base: Measured) -> float:
+    """The median of the visits' ratios where both were visited as often, else the medians' ratio."""
+    if found.rates.keys() != base.rates.keys():
+        return found.tokens_per_second / base.tokens_per_second
+    return statistics.median(rate / base.rates[visit] for visit, rate in found.rates.items())
 
 
 def byte_ratio(ranks: Sequence[int]) -> float:
@@ -160,7 +172,7 @@ def tax_table(results: Results) -> list[str]:
         allowed = byte_ratio(ranks)
         row = f"| {what} | {concurrency} | {_rate(found)} "
         if base and found:
-            share = found.tokens_per_second / base.tokens_per_second
+            share = share_of(found, base)
             row += f"| {share:.2f} | {allowed:.2f} | **{share / allowed:.2f}** | {asked:g} |"
         else:
             row += f"| {_MISSING} | {allowed:.2f} | | {asked:g} |"
@@ -169,7 +181,7 @@ def tax_table(results: Results) -> list[str]:
         holding = results.get(Key("adapterd", "base", concurrency))
         bare = results.get(Key("adapterd-base", "base", concurrency))
         both = holding and bare
-        share_text = f"{holding.tokens_per_second / bare.tokens_per_second:.2f}" if holding and bare else ""
+        share_text = f"{share_of(holding, bare):.2f}" if holding and bare else ""
         lines.append(
             f"| base traffic, 32 adapters held, over none held | {concurrency} | {_rate(holding)} "
             f"| {share_text if both else _MISSING} | 1.00 | **{share_text}** | 0.99 |"
