@@ -1,119 +1,19 @@
 """The scheduler alone: who runs, in what order, within which limits, and that nothing is lost or kept."""
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 
 from adapterd.core import (
-    BASE_MIX,
-    AdapterDigest,
     AdapterId,
     AdapterMix,
-    Batch,
-    Request,
     RequestId,
-    SamplingParams,
     ScheduledSequence,
-    Sequence,
     SequenceState,
 )
-from adapterd.engine.blocks import BlockPool
 from adapterd.engine.scheduler import Scheduler, SchedulerLimits
 from adapterd.engine.slots import AdapterSlots
-
-BLOCK_SIZE = 4
-PAGES = {"a": 2, "b": 2, "c": 3, "d": 4}
-
-
-def mix(*names: str) -> AdapterMix:
-    return tuple((AdapterId(AdapterDigest(name), name), 1.0) for name in names)
-
-
-@dataclass
-class Bench:
-    """A scheduler with a clock that is turned by hand. `turn` is one step, as the engine takes it.
-
-    An upload that a step begins has ended when the next one is decided.
-    """
-
-    num_blocks: int = 32
-    num_pages: int = 4
-    limits: SchedulerLimits = SchedulerLimits(max_num_batched_tokens=16, max_num_seqs=4)  # noqa: RUF009
-    now: float = 0.0
-    sequences: list[Sequence] = field(default_factory=list)
-    on_their_way: tuple[AdapterId, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.blocks = BlockPool(self.num_blocks, BLOCK_SIZE)
-        self.slots = AdapterSlots(self.num_pages, lambda adapter_id: PAGES[adapter_id.digest])
-        self.scheduler = Scheduler(self.blocks, self.slots, self.limits, lambda: self.now)
-
-    def add(
-        self,
-        num_prompt_tokens: int,
-        num_answer_tokens: int = 4,
-        adapter_mix: AdapterMix = BASE_MIX,
-        *,
-        request_id: str | None = None,
-        tokens: list[int] | None = None,
-        scored: bool = False,
-    ) -> Sequence:
-        number = len(self.sequences)
-        prompt = tokens or [1000 * number + position for position in range(num_prompt_tokens)]
-        params = SamplingParams(max_tokens=num_answer_tokens, prompt_logprobs=0 if scored else None)
-        request = Request(
-            id=RequestId(request_id or f"request-{number}"),
-            prompt_token_ids=tuple(prompt),
-            params=params,
-            mix=adapter_mix,
-            eos_token_ids=frozenset(),
-            arrival_seconds=self.now,
-        )
-        sequence = Sequence(request, index=0, seed=number, token_ids=list(prompt))
-        self.sequences.append(sequence)
-        self.scheduler.add(sequence)
-        return sequence
-
-    def bring(self, *names: str) -> None:
-        """Have adapters in memory before anyone asks."""
-        for adapter_id, _ in mix(*names):
-            self.slots.load(((adapter_id, 1.0),))
-            self.slots.take_moves()
-            self.slots.arrived(adapter_id)
-
-    def schedule(self) -> Batch:
-        for adapter_id in self.on_their_way:
-            self.slots.arrived(adapter_id)
-        batch = self.scheduler.schedule()
-        assert batch is not None
-        self.on_their_way = batch.uploads
-        return batch
-
-    def turn(self) -> Batch:
-        batch = self.schedule()
-        finished = []
-        for item in batch.scheduled:
-            if item.samples:
-                item.sequence.token_ids.append(7)
-                if item.sequence.num_output_tokens == item.sequence.request.params.max_tokens:
-                    finished.append(item.sequence)
-        self.scheduler.update(batch, finished)
-        self.scheduler.check_integrity()
-        return batch
-
-    def run_dry(self, max_turns: int = 2000) -> None:
-        for _ in range(max_turns):
-            if not (self.scheduler.running or self.scheduler.waiting):
-                break
-            self.turn()
-        assert all(sequence.state is SequenceState.FINISHED for sequence in self.sequences)
-        assert self.blocks.num_held == 0
-        assert self.slots.num_held_pages == 0
-
-
-def counts(batch: Batch) -> dict[str, int]:
-    return {item.sequence.request.id: item.num_tokens for item in batch.scheduled}
+from tests.engine.turned import BLOCK_SIZE, PAGES, Bench, counts, mix
 
 
 def test_long_prompt_is_computed_in_chunks_and_sampled_at_its_end() -> None:
@@ -202,99 +102,6 @@ def test_oldest_is_never_preempted_while_another_runs() -> None:
     bench.run_dry()
 
 
-def test_same_prefix_is_reused_by_the_same_mix_alone() -> None:
-    tokens = list(range(14))
-    for first, second, hit in ((("a",), ("a",), 12), (("a",), (), 0), (("a",), ("b",), 0), ((), (), 12)):
-        bench = Bench()
-        bench.add(0, adapter_mix=mix(*first), tokens=tokens)
-        bench.run_dry()
-        again = bench.add(0, adapter_mix=mix(*second), tokens=tokens)
-        bench.turn()
-        assert again.num_cached_tokens == hit
-        bench.run_dry()
-
-
-def test_prefix_that_many_bring_at_once_is_computed_once() -> None:
-    """Regression: it could be found only after the step, so each of those that started together computed it."""
-    bench = Bench(num_blocks=8, limits=SchedulerLimits(64, 8))
-    prompts = [[*range(12), 100 + number] for number in range(4)]
-    together = [bench.add(0, tokens=tokens) for tokens in prompts]
-    other = bench.add(0, adapter_mix=mix("a"), tokens=prompts[0])
-    bench.bring("a")
-    computed = counts(bench.turn())
-    assert [computed[s.request.id] for s in together] == [13, 1, 1, 1]
-    assert [s.num_cached_tokens for s in together] == [0, 12, 12, 12]
-    assert (
-        other.state is SequenceState.WAITING
-    )  # seven of eight blocks are taken, and none of them is its mix's
-    bench.run_dry()
-
-
-def test_prefix_of_several_chunks_is_found_as_far_as_it_is_being_computed() -> None:
-    bench = Bench(limits=SchedulerLimits(10, 8))
-    first, second = (bench.add(0, tokens=list(range(17))) for _ in range(2))
-    assert counts(bench.turn()) == {first.request.id: 10}
-    # Seven tokens of the first end its prompt, and its fourth block is found by the second at once.
-    assert counts(bench.turn()) == {first.request.id: 7, second.request.id: 1}
-    assert second.block_table[:4] == first.block_table[:4]
-    bench.run_dry()
-
-
-def test_prefix_is_found_while_the_step_that_computes_it_is_in_flight_and_after_an_abort() -> None:
-    bench = Bench(limits=SchedulerLimits(64, 8))
-    tokens = list(range(13))
-    first = bench.add(0, request_id="first", tokens=tokens)
-    batch = bench.schedule()
-    bench.scheduler.abort(first.request.id)
-    second = bench.add(0, tokens=tokens)
-    later = bench.schedule()
-    assert counts(later) == {second.request.id: 1}
-    bench.scheduler.update(batch, [])
-    bench.scheduler.check_integrity()
-    second.token_ids.append(7)
-    bench.scheduler.update(later, [])
-    bench.run_dry()
-
-
-def test_last_prompt_token_is_computed_even_if_every_block_is_known() -> None:
-    bench = Bench()
-    tokens = list(range(12))
-    bench.add(0, tokens=tokens)
-    bench.run_dry()
-    again = bench.add(0, tokens=tokens)
-    batch = bench.turn()
-    assert again.num_cached_tokens == 8
-    assert counts(batch) == {again.request.id: 4}
-    assert again.num_output_tokens == 1
-
-
-def test_prompt_that_is_to_be_scored_takes_nothing_from_the_cache() -> None:
-    bench = Bench()
-    tokens = list(range(12))
-    bench.add(0, tokens=tokens)
-    bench.run_dry()
-    again = bench.add(0, tokens=tokens, scored=True)
-    assert counts(bench.turn()) == {again.request.id: 12}
-
-
-def test_running_sequences_share_blocks_and_the_cache_gives_way_to_new_ones() -> None:
-    bench = Bench(num_blocks=6, limits=SchedulerLimits(64, 8))
-    tokens = list(range(13))
-    first = bench.add(0, num_answer_tokens=3, tokens=tokens)
-    bench.turn()
-    second = bench.add(0, num_answer_tokens=3, tokens=tokens)
-    bench.turn()
-    assert first.block_table[:3] == second.block_table[:3]
-    assert first.block_table[3] != second.block_table[3]
-    bench.run_dry()
-    assert bench.blocks.num_cached >= 3
-    bench.add(20)
-    bench.run_dry()
-    late = bench.add(0, tokens=tokens)
-    bench.turn()
-    assert late.num_cached_tokens == 0
-
-
 def test_sequence_whose_adapter_finds_no_memory_is_passed_by_for_a_bounded_time() -> None:
     """A stream of requests for the adapter that is resident cannot keep another out for ever."""
     limits = SchedulerLimits(64, 4, max_adapter_wait_seconds=1.0)
@@ -333,19 +140,6 @@ def test_time_in_an_ordinary_queue_does_not_count_as_being_passed_by() -> None:
     bench.turn()
     assert misses.state is SequenceState.WAITING
     assert behind.state is SequenceState.RUNNING
-    bench.run_dry()
-
-
-def test_nothing_of_a_spoiled_sequence_is_found_again() -> None:
-    bench = Bench(limits=SchedulerLimits(64, 4))
-    tokens = list(range(3 * BLOCK_SIZE))
-    first = bench.add(0, tokens=tokens)
-    batch = bench.schedule()
-    bench.scheduler.update(batch, finished=[first], spoiled=[first])
-    bench.scheduler.check_integrity()
-    second = bench.add(0, tokens=tokens)
-    bench.turn()
-    assert second.num_cached_tokens == 0
     bench.run_dry()
 
 
