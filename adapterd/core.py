@@ -88,6 +88,7 @@ class Request:
     `num_sequences` answers are drawn from one prompt. `arrival_seconds` is monotonic time. `continues_prompt`:
     the answer goes on where the prompt's text ends, rather than being a text of its own (a chat message).
     `prompt_field` is what the client calls its prompt; errors name it.
+    `prefix_scope`: prefixes are shared with requests of the same scope alone; empty, or 32 bytes.
     """
 
     id: RequestId
@@ -99,6 +100,7 @@ class Request:
     num_sequences: int = 1
     continues_prompt: bool = False
     prompt_field: str = "prompt"
+    prefix_scope: bytes = b""
 
 
 @dataclass(frozen=True)

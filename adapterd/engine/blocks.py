@@ -1,7 +1,8 @@
 """KV blocks: which are free, held or cached, and the prefix cache. Bookkeeping only; no torch.
 
-A full block is known by a hash of what is in it: the mix that computed it, the tokens, and all tokens before.
-So a prefix is reused by the same adapter content alone, and a new version under an old name finds nothing stale.
+A full block is known by a hash of what is in it: the mix that computed it, the tokens, and all tokens before; and of
+whom it may be shown to. So a prefix is reused by the same adapter content alone, a new version under an old name finds
+nothing stale, and nobody learns by the time that an answer takes what another has asked.
 """
 
 import hashlib
@@ -14,13 +15,15 @@ from adapterd.core import AdapterMix
 BlockHash = bytes
 
 
-def hash_blocks(mix: AdapterMix, token_ids: Sequence[int], block_size: int, known: list[BlockHash]) -> None:
-    """Extend `known`, in place, to one hash for each full block of `token_ids`."""
+def hash_blocks(
+    mix: AdapterMix, scope: bytes, token_ids: Sequence[int], block_size: int, known: list[BlockHash]
+) -> None:
+    """Extend `known`, in place, to one hash for each full block of `token_ids`. `scope`: of its request."""
     for index in range(len(known), len(token_ids) // block_size):
         if index:
             parent = known[index - 1]
         else:
-            parent = repr([(adapter_id.digest, factor) for adapter_id, factor in mix]).encode()
+            parent = repr((scope, [(adapter_id.digest, factor) for adapter_id, factor in mix])).encode()
         tokens = array("q", token_ids[index * block_size : (index + 1) * block_size])
         # SHA-256: a collision would show one request's context to another, so a fast weak hash will not do.
         known.append(hashlib.sha256(parent + tokens.tobytes()).digest())

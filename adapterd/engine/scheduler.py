@@ -233,7 +233,8 @@ class Scheduler:
         end = min(item.end, len(sequence.token_ids))
         first, full = item.start // size, end // size
         if full > first:
-            hash_blocks(sequence.mix, sequence.token_ids[:end], size, sequence.block_hashes)
+            scope, known = sequence.request.prefix_scope, sequence.block_hashes
+            hash_blocks(sequence.mix, scope, sequence.token_ids[:end], size, known)
         for index in range(first, full):
             self._blocks.publish(sequence.block_table[index], sequence.block_hashes[index])
 
@@ -242,7 +243,8 @@ class Scheduler:
         if sequence.request.params.prompt_logprobs is not None:
             return []  # every prompt token must be predicted, so every one must run
         size = self._blocks.block_size
-        hash_blocks(sequence.mix, sequence.token_ids, size, sequence.block_hashes)
+        scope, known = sequence.request.prefix_scope, sequence.block_hashes
+        hash_blocks(sequence.mix, scope, sequence.token_ids, size, known)
         return self._blocks.match(sequence.block_hashes[: (sequence.num_tokens - 1) // size])
 
     def _start(self, sequence: Sequence, cached: list[int], num_new_blocks: int) -> None:

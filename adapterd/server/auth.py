@@ -1,5 +1,6 @@
 """Who may ask at all, and who may change what is served. Probes, version and metrics are open to everyone."""
 
+import hashlib
 import ipaddress
 from collections.abc import Awaitable, Callable
 from functools import wraps
@@ -16,6 +17,9 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/metrics/ro
 
 _ROLE = "adapterd.role"
 """Where a scope says who asks."""
+
+_KEY = "adapterd.key"
+"""Where a scope has the digest of the known key that came with it; empty without one."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -71,7 +75,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope[_ROLE] = self._role(scope)
+            scope[_ROLE], scope[_KEY] = self._caller(scope)
             if scope[_ROLE] is None and scope["path"] not in OPEN_PATHS:
                 error = Unauthorized("Incorrect or missing API key; send 'Authorization: Bearer KEY'.")
                 response = await on_adapterd_error(Request(scope), error)
@@ -79,13 +83,24 @@ class ApiKeys:
                 return
         await self._app(scope, receive, send)
 
-    def _role(self, scope: Scope) -> Role | None:
+    def _caller(self, scope: Scope) -> tuple[Role | None, bytes]:
+        """Who asks, and the digest of the key that says so."""
         if self._keys is None or scope["path"] in OPEN_PATHS:
-            return self._without_key
+            return self._without_key, b""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         role = self._keys.role_of(key.strip())
-        return role if role is not None and scheme.lower() == b"bearer" else self._without_key
+        if role is None or scheme.lower() != b"bearer":
+            return self._without_key, b""
+        return role, hashlib.sha256(key.strip()).digest()
+
+
+def prefix_scope(scope: Scope, cache_salt: str | None) -> bytes:
+    """Who shares prefixes with this request: those with the same key and the same `cache_salt`; see core.Request."""
+    key: bytes = scope[_KEY]
+    if not key and cache_salt is None:
+        return b""
+    return hashlib.sha256(repr((key, cache_salt)).encode()).digest()
 
 
 def without_key(keys: KeyRing | None, *, insecure_no_auth: bool) -> Role | None:

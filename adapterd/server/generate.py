@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from adapterd.core import Output, Request, RequestId
 from adapterd.errors import AdapterdError
 from adapterd.server import chat, completions
+from adapterd.server.auth import prefix_scope
 from adapterd.server.body import read_json
 from adapterd.server.dialect import AnswerHead, Prompt, UsageTally, check_alive
 from adapterd.server.envelope import INTERNAL_ERROR, envelope
@@ -83,7 +84,8 @@ class Generate(Generic[B]):
             prompts = await self._state.render_pool.run(
                 self._dialect.prompts, body, daemon.renderer, resolved
             )
-            requests = self._requests(body, resolved, prompts, arrival_seconds)
+            shared = prefix_scope(scope, body.cache_salt)
+            requests = self._requests(body, resolved, prompts, arrival_seconds, shared)
             head = self._head(body, resolved, prompts, requests)
             stream = self._submit(requests, resolved, held)
             held.enter_context(self._state.in_use.by(stream, resolved.mix))
@@ -101,7 +103,12 @@ class Generate(Generic[B]):
                 await response(scope, receive, send)
 
     def _requests(
-        self, body: B, resolved: ResolvedModel, prompts: list[Prompt], arrival_seconds: float
+        self,
+        body: B,
+        resolved: ResolvedModel,
+        prompts: list[Prompt],
+        arrival_seconds: float,
+        shared: bytes,
     ) -> list[Request]:
         spec = self._state.spec
         answer_id = self._dialect.id_prefix + uuid.uuid4().hex
@@ -120,6 +127,7 @@ class Generate(Generic[B]):
                     num_sequences=body.n,
                     continues_prompt=self._dialect.continues_prompt,
                     prompt_field=self._dialect.prompt_field,
+                    prefix_scope=shared,
                 )
             )
         return requests

@@ -101,6 +101,7 @@ class Sampling(Body):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
 
     # sent by well-known clients; these values change nothing
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -273,7 +274,6 @@ UNSUPPORTED: dict[str, str] = {
     "allowed_token_ids": "use logit_bias",
     "audio": "answers are text",
     "bad_words": "use logit_bias",
-    "cache_salt": "prefixes are shared between requests of one adapter",
     "chat_template": "a template comes from the base or from the adapter, never from a request",
     "documents": "put them into a message",
     "function_call": "tools are not supported",

@@ -11,9 +11,9 @@ def mix(*parts: tuple[str, float]) -> AdapterMix:
     return tuple((AdapterId(AdapterDigest(digest), "name"), factor) for digest, factor in parts)
 
 
-def hashes(adapter_mix: AdapterMix, tokens: list[int]) -> list[bytes]:
+def hashes(adapter_mix: AdapterMix, tokens: list[int], scope: bytes = b"") -> list[bytes]:
     found: list[bytes] = []
-    hash_blocks(adapter_mix, tokens, SIZE, found)
+    hash_blocks(adapter_mix, scope, tokens, SIZE, found)
     return found
 
 
@@ -21,18 +21,21 @@ def test_hash_counts_full_blocks_and_extends_what_is_known() -> None:
     tokens = list(range(11))
     known = hashes(mix(), tokens[:7])
     assert len(known) == 1
-    hash_blocks(mix(), tokens, SIZE, known)
+    hash_blocks(mix(), b"", tokens, SIZE, known)
     assert known == hashes(mix(), tokens)
     assert len(known) == 2
 
 
-def test_hash_tells_apart_mix_factor_token_position_and_everything_before() -> None:
+def test_hash_tells_apart_mix_factor_scope_token_position_and_everything_before() -> None:
     tokens = [1, 2, 3, 4, 5, 6, 7, 8]
     seen = [
         hashes(mix(), tokens),
         hashes(mix(("a", 1.0)), tokens),
         hashes(mix(("b", 1.0)), tokens),
         hashes(mix(("a", 0.5)), tokens),
+        hashes(mix(), tokens, b"1"),
+        hashes(mix(), tokens, b"2"),
+        hashes(mix(("a", 1.0)), tokens, b"1"),
         hashes(mix(("a", 1.0), ("b", 1.0)), tokens),
         hashes(mix(), [9, *tokens[1:]]),
         hashes(mix(), tokens[4:] + tokens[:4]),

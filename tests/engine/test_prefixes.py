@@ -17,6 +17,18 @@ def test_same_prefix_is_reused_by_the_same_mix_alone() -> None:
         bench.run_dry()
 
 
+def test_same_prefix_is_reused_within_its_scope_alone() -> None:
+    tokens = list(range(14))
+    for first, second, hit in ((b"1", b"1", 12), (b"1", b"2", 0), (b"1", b"", 0), (b"", b"1", 0)):
+        bench = Bench()
+        bench.add(0, tokens=tokens, prefix_scope=first)
+        bench.run_dry()
+        again = bench.add(0, tokens=tokens, prefix_scope=second)
+        bench.turn()
+        assert again.num_cached_tokens == hit
+        bench.run_dry()
+
+
 def test_prefix_that_many_bring_at_once_is_computed_once() -> None:
     """Regression: it could be found only after the step, so each of those that started together computed it."""
     bench = Bench(num_blocks=8, limits=SchedulerLimits(64, 8))

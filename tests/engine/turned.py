@@ -54,6 +54,7 @@ class Bench:
         request_id: str | None = None,
         tokens: list[int] | None = None,
         scored: bool = False,
+        prefix_scope: bytes = b"",
     ) -> Sequence:
         number = len(self.sequences)
         prompt = tokens or [1000 * number + position for position in range(num_prompt_tokens)]
@@ -65,6 +66,7 @@ class Bench:
             mix=adapter_mix,
             eos_token_ids=frozenset(),
             arrival_seconds=self.now,
+            prefix_scope=prefix_scope,
         )
         sequence = Sequence(request, index=0, seed=number, token_ids=list(prompt))
         self.sequences.append(sequence)

@@ -11,6 +11,7 @@ from adapterd.server.auth import OPEN_PATHS, check_exposure, without_key
 from adapterd.server.keys import KeyRing
 from adapterd.server.state import ServerState
 from tests.server.conftest import asking
+from tests.server.fakes import FakeDaemon
 
 LOADS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter")
 GENERATES = {"/v1/chat/completions", "/v1/completions"}
@@ -65,6 +66,34 @@ async def test_without_a_known_key_every_closed_path_is_401(
 async def test_any_of_the_keys_opens(state: ServerState, keys: KeyRing, header: str) -> None:
     async with asking(state, keys=keys, without_key=None) as client:
         assert (await client.get("/v1/models", headers={"authorization": header})).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_prefixes_are_shared_within_a_key_and_a_salt_alone(
+    daemon: FakeDaemon, state: ServerState, keys: KeyRing
+) -> None:
+    callers = [("first", None), ("second", None), ("first", "a"), ("first", "b"), ("second", "a")]
+    async with asking(state, keys=keys, without_key=None) as client:
+        for key, salt in [*callers, *callers]:
+            body = {"model": "tiny", "prompt": "Hello", "max_tokens": 1, "cache_salt": salt}
+            response = await client.post(
+                "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
+            )
+            assert response.status_code == 200
+    scopes = [request.prefix_scope for request in daemon.engine.requests]
+    assert len(set(scopes)) == len(callers)
+    assert scopes[: len(callers)] == scopes[len(callers) :]
+
+
+@pytest.mark.anyio
+async def test_without_keys_all_share_but_who_salts(daemon: FakeDaemon, state: ServerState) -> None:
+    async with asking(state) as client:
+        for salt in (None, "a"):
+            body = {"model": "tiny", "prompt": "Hello", "max_tokens": 1, "cache_salt": salt}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+    plain, salted = (request.prefix_scope for request in daemon.engine.requests)
+    assert plain == b""
+    assert salted
 
 
 @pytest.mark.anyio

@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[list[object], list[object]]] = {
     "skip_special_tokens": ([True, False], ["no"]),
     "include_stop_str_in_output": ([True, False], [1]),
     "return_token_ids": ([True, False], [1]),
+    "cache_salt": (["a", "b", None], ["", 1]),
     "model": (["tiny", "base", "tiny:support", "medical", "tiny:support*0.5+medical*-1"], ["x", "tiny:a+b"]),
 }
 TEXT_OPTIONS = OPTIONS | {
