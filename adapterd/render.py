@@ -49,7 +49,10 @@ class Renderer:
                 " tokenizers are supported (convert it with transformers' save_pretrained)"
             )
         self._tokenizer = tokenizer
-        self._own_arguments = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        # The template is given the special tokens under these names, and transformers lets arguments go before them.
+        self._own_arguments = frozenset(
+            {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.special_tokens_map}
+        )
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -117,7 +120,7 @@ class Renderer:
         """The text a chat becomes, before it is tokens. `chat_template` replaces the base's.
 
         Raises InvalidRequest if there is no template, if the template refuses the messages, or if
-        `template_kwargs` names an argument that is not the template's.
+        `template_kwargs` sets a special token or another argument that is not the request's to set.
         """
         if not messages:
             raise InvalidRequest("messages is empty; a chat needs at least one message", param="messages")
@@ -169,16 +172,16 @@ class Renderer:
     ) -> list[int]:
         """The only way messages become tokens. Special tokens come from the template alone.
 
-        A message that spells one out (`<|im_end|>`) gets the ordinary tokens of its letters: who writes a
-        message cannot end it and speak in another role.
+        A message, tool or argument that spells one out (`<|im_end|>`) gets the ordinary tokens of its letters: who
+        writes it cannot end it and speak in another role.
         """
         quoted = _Quotation(self._special_texts)
         text = self.render_text(
             [quoted.hide(message) for message in messages],
             chat_template=chat_template,
-            tools=tools,
+            tools=quoted.hide(tools),
             add_generation_prompt=add_generation_prompt,
-            template_kwargs=template_kwargs,
+            template_kwargs=quoted.hide(template_kwargs),
         )
         return self._encode_quoted(quoted, text)
 
@@ -207,14 +210,15 @@ class Renderer:
         """
         quoted = _Quotation(self._special_texts)
         *before, last = (quoted.hide(message) for message in messages)
+        quoted_tools, quoted_kwargs = quoted.hide(tools), quoted.hide(template_kwargs)
 
         def text_of(answer: Mapping[str, object]) -> str:
             return self.render_text(
                 [*before, answer],
                 chat_template=chat_template,
-                tools=tools,
+                tools=quoted_tools,
                 add_generation_prompt=False,
-                template_kwargs=template_kwargs,
+                template_kwargs=quoted_kwargs,
             )
 
         head, _, _ = text_of({"role": "assistant", "content": quoted.mark}).partition(quoted.mark)
@@ -323,7 +327,7 @@ class _Quotation:
         return f"{self._nonce}_mark"
 
     def hide(self, value: Any) -> Any:
-        """A copy of a message (or of a part of one) with each special text replaced by a mark."""
+        """A copy of a message, tool or argument, or of a part of one, with each special text replaced by a mark."""
         if isinstance(value, str) and self._special_texts is not None:
             return self._special_texts.sub(self._mark, value)
         if isinstance(value, Mapping):
