@@ -177,8 +177,6 @@ async def _send_stream(
         if not events.is_started:
             raise
         await events.error(envelope(error))
-    except ClientDisconnect:
-        raise
     except Exception:
         if events.is_started:
             await events.error(INTERNAL_ERROR)

@@ -10,23 +10,13 @@ from starlette.types import Receive, Send
 
 T = TypeVar("T")
 
-SEND_TIMEOUT_SECONDS = 60.0
-"""A reader that takes nothing for this long is cut: it must not hold memory for ever."""
-
 
 class EventStream:
     """One streamed response. `start` is sent with the first events, so that earlier errors keep their status."""
 
-    def __init__(
-        self,
-        send: Send,
-        headers: Mapping[str, str],
-        *,
-        send_timeout_seconds: float = SEND_TIMEOUT_SECONDS,
-    ) -> None:
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
         self._headers = headers
-        self._send_timeout_seconds = send_timeout_seconds
         self.is_started = False
 
     async def events(self, events: Iterable[Mapping[str, Any]]) -> None:
@@ -43,14 +33,9 @@ class EventStream:
         await self._write(b"data: " + _encode(event) + b"\n\n", more=False)
 
     async def _write(self, body: bytes, *, more: bool = True) -> None:
-        """Raises ClientDisconnect for a reader that takes nothing within the timeout."""
-        try:
-            async with asyncio.timeout(self._send_timeout_seconds):
-                if not self.is_started:
-                    await self._start()
-                await self._send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientDisconnect from None
+        if not self.is_started:
+            await self._start()
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _start(self) -> None:
         self.is_started = True

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from adapterd.adapter_writer import write_adapter
 from adapterd.config import ServeSettings
@@ -51,10 +51,17 @@ async def client(state: ServerState, anyio_backend: str) -> AsyncIterator[httpx.
         yield client
 
 
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
+
+
 @contextmanager
-def listening(app: Starlette) -> Iterator[str]:
+def listening(app: ASGIApp, *, http: type[BoundedHttp] = BoundedHttp) -> Iterator[str]:
     """Serve `app` on a free port of this machine; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, http=BoundedHttp, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Callable
 
 import httpx
 import pytest
@@ -12,17 +10,10 @@ import pytest
 from adapterd.errors import ContextLengthExceeded, Overloaded
 from adapterd.server.app import create_app
 from adapterd.server.state import ServerState
-from tests.server.conftest import listening
+from tests.server.conftest import eventually, listening
 from tests.server.fakes import FakeDaemon
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 async def post(client: httpx.AsyncClient, **fields: object) -> httpx.Response:

@@ -17,17 +17,11 @@ from adapterd.errors import ConfigError
 from adapterd.server.app import create_app
 from adapterd.server.run import DrainingServer, bind, print_ready, url_of
 from adapterd.server.state import ServerState
+from tests.server.conftest import eventually
 from tests.server.fakes import FakeDaemon, FakeEntry
 from tests.serving import served
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 @contextmanager
