@@ -35,6 +35,11 @@ class AdapterdError(Exception):
             self.code = code
 
 
+def is_clients_own(error: Exception) -> bool:
+    """Whether an idle daemon without bugs would refuse the same request too."""
+    return isinstance(error, AdapterdError) and error.status < Overloaded.status
+
+
 class InvalidRequest(AdapterdError):
     status = 400
     type = "invalid_request_error"

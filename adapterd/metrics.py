@@ -86,12 +86,20 @@ class Metrics:
 
     def record(self, adapter_names: Sequence[str], requests: Sequence[Request]) -> RequestRecord:
         """Start the clock of one response. `adapter_names` are the registry's, none for the base."""
+        return RequestRecord(self, self._asked_for(adapter_names), requests)
+
+    def failed_early(self, adapter_names: Sequence[str]) -> None:
+        """A request that failed before it had a record, and not by its own fault."""
+        self.count_for(self._asked_for(adapter_names), "adapterd_requests_total", "failed")
+
+    def _asked_for(self, adapter_names: Sequence[str]) -> str:
+        """One more request for these; the name under which it is counted."""
         name = "+".join(adapter_names) or "base"
         with self._lock:
             for lost in self._busiest.count(name):
                 for family in self._by_adapter:
                     family.drop(lost)
-        return RequestRecord(self, name, requests)
+        return name
 
     def count_for(self, adapter: str, name: str, *labels: str, by: float = 1) -> None:
         """Add to one of an adapter's counters, under its own label or the one that others share."""

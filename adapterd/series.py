@@ -184,7 +184,8 @@ SERIES: tuple[Series, ...] = (
     _counter("adapterd_host_adapter_evictions_total", "Adapters that left host memory.",
              lambda s: s.registry.num_host_evictions),
     # By adapter: the hundred busiest of late, the bare base as `base`, all others together as `other`.
-    _by_adapter("adapterd_requests_total", "Requests that ended.", more=("outcome",)),
+    _by_adapter("adapterd_requests_total", "Requests that ended; failed are also those turned away for want of room.",
+                more=("outcome",)),
     _by_adapter("adapterd_prompt_tokens_total", "Tokens of prompts."),
     _by_adapter("adapterd_output_tokens_total", "Tokens of answers."),
     _by_adapter("adapterd_time_to_first_token_seconds", "From arrival to the first token.", *_FIRST_TOKEN),
@@ -200,7 +201,7 @@ SERIES: tuple[Series, ...] = (
     _by_adapter("adapterd_adapter_evictions_total", "Times it left a tier to make room.", more=("tier",)),
     # Requests as a whole, errors, and the process as Prometheus' own clients describe one.
     Series("adapterd_request_seconds", "From arrival to the end.", "histogram", ("model_name",), _REQUEST),
-    Series("adapterd_errors_total", "Error answers, by OpenAI code.", "counter", ("code",)),
+    Series("adapterd_errors_total", "Error answers, those in mid-stream too, by OpenAI code.", "counter", ("code",)),
     _process("gauge", "process_resident_memory_bytes", "Resident memory."),
     _process("gauge", "process_virtual_memory_bytes", "Virtual memory."),
     _process("gauge", "process_open_fds", "Open file descriptors."),

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ExceptionHandler
 
 from adapterd.errors import AdapterdError, Overloaded, Unavailable
+from adapterd.metrics import Metrics
 
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 CLIENT_CLOSED_REQUEST = 499
@@ -31,9 +32,14 @@ def error_response(error: AdapterdError) -> JSONResponse:
     return JSONResponse(envelope(error), status_code=error.status, headers=headers)
 
 
+def count_error(metrics: Metrics, error: AdapterdError) -> None:
+    """For whoever answers with an error, with whatever words or status."""
+    metrics.count("adapterd_errors_total", error.code or error.type)
+
+
 async def on_adapterd_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterdError)
-    request.app.state.metrics.count("adapterd_errors_total", error.code or error.type)
+    count_error(request.app.state.metrics, error)
     return error_response(error)
 
 
@@ -47,7 +53,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         message = f"Not allowed to {request.method} on {request.url.path}."
     else:
         message = error.detail
-    body = _body(message, "invalid_request_error", None, _HTTP_CODES.get(error.status_code))
+    code = _HTTP_CODES.get(error.status_code)
+    request.app.state.metrics.count("adapterd_errors_total", code or "invalid_request_error")
+    body = _body(message, "invalid_request_error", None, code)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
@@ -56,7 +64,8 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
-    """A bug of ours. The log has its traceback; the client learns only that it was not its own fault."""
+    """A bug of ours, in mid-stream too. The log has its traceback; the client learns only that it was not its fault."""
+    request.app.state.metrics.count("adapterd_errors_total", "internal_error")
     return JSONResponse(INTERNAL_ERROR, status_code=500)
 
 

@@ -16,13 +16,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from adapterd.busiest import OTHER
 from adapterd.core import Output, Request, RequestId
-from adapterd.errors import AdapterdError
+from adapterd.errors import AdapterdError, is_clients_own
 from adapterd.server import chat, completions
 from adapterd.server.auth import prefix_scope
 from adapterd.server.body import read_json
 from adapterd.server.dialect import AnswerHead, Prompt, UsageTally, check_alive
-from adapterd.server.envelope import INTERNAL_ERROR, envelope
+from adapterd.server.envelope import INTERNAL_ERROR, count_error, envelope
 from adapterd.server.protocol import ChatCompletionRequest, CompletionRequest
 from adapterd.server.responses import Usage
 from adapterd.server.sampling import check_prompt, sampling_params
@@ -77,23 +78,30 @@ class Generate(Generic[B]):
     async def _respond(self, body: B, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_seconds = time.monotonic()
         daemon = self._state.daemon
-        resolved = await self._state.resolve(body.model)
+        adapter_names: tuple[str, ...] = (OTHER,)  # until they are known
         with ExitStack() as held:
-            lease = daemon.registry.lease(resolved.mix)
-            held.callback(lease.release)
-            prompts = await self._state.render_pool.run(
-                self._dialect.prompts, body, daemon.renderer, resolved
-            )
-            shared = prefix_scope(scope, body.cache_salt)
-            requests = self._requests(body, resolved, prompts, arrival_seconds, shared)
-            head = self._head(body, resolved, prompts, requests)
-            stream = self._submit(requests, resolved, held)
+            try:
+                resolved = await self._state.resolve(body.model)
+                adapter_names = resolved.adapter_names
+                lease = daemon.registry.lease(resolved.mix)
+                held.callback(lease.release)
+                prompts = await self._state.render_pool.run(
+                    self._dialect.prompts, body, daemon.renderer, resolved
+                )
+                shared = prefix_scope(scope, body.cache_salt)
+                requests = self._requests(body, resolved, prompts, arrival_seconds, shared)
+                head = self._head(body, resolved, prompts, requests)
+                stream = self._submit(requests, resolved, held)
+            except Exception as error:
+                if not is_clients_own(error):
+                    self._state.metrics.failed_early(adapter_names)
+                raise
             held.enter_context(self._state.in_use.by(stream, resolved.mix))
             answer = self._dialect.answer(body, head, daemon.renderer)
             tally = UsageTally(prompts)
             headers = {"x-adapterd-digest": resolved.digest}
             if body.stream:
-                await _send_stream(EventStream(send, headers), stream, answer, tally, head.include_usage)
+                await self._stream(EventStream(send, headers), stream, answer, tally, head.include_usage)
             else:
                 outputs = await stream.take_all()
                 check_alive(outputs)
@@ -158,26 +166,31 @@ class Generate(Generic[B]):
         held.callback(streams.close, ids)
         return streams.open(ids, requests[0].num_sequences, record.observe)
 
-
-async def _send_stream(
-    events: EventStream, stream: OutputStream, answer: Answer, tally: UsageTally, include_usage: bool
-) -> None:
-    """Errors before the first event keep their HTTP status; later ones become the stream's last event."""
-    try:
-        while not stream.is_finished:
-            outputs = await stream.take()
-            check_alive(outputs)
-            for output in outputs:
-                tally.add(output)
-            await events.events(chunk for output in outputs for chunk in answer.chunks(output))
-        if include_usage:
-            await events.events([answer.usage_chunk(tally.usage())])
-        await events.done()
-    except AdapterdError as error:
-        if not events.is_started:
+    async def _stream(
+        self,
+        events: EventStream,
+        stream: OutputStream,
+        answer: Answer,
+        tally: UsageTally,
+        include_usage: bool,
+    ) -> None:
+        """Errors before the first event keep their HTTP status; later ones become the stream's last event."""
+        try:
+            while not stream.is_finished:
+                outputs = await stream.take()
+                check_alive(outputs)
+                for output in outputs:
+                    tally.add(output)
+                await events.events(chunk for output in outputs for chunk in answer.chunks(output))
+            if include_usage:
+                await events.events([answer.usage_chunk(tally.usage())])
+            await events.done()
+        except AdapterdError as error:
+            if not events.is_started:
+                raise
+            count_error(self._state.metrics, error)
+            await events.error(envelope(error))
+        except Exception:
+            if events.is_started:
+                await events.error(INTERNAL_ERROR)
             raise
-        await events.error(envelope(error))
-    except Exception:
-        if events.is_started:
-            await events.error(INTERNAL_ERROR)
-        raise

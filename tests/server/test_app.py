@@ -32,4 +32,7 @@ async def test_every_answer_has_a_request_id(client: httpx.AsyncClient) -> None:
 
 async def test_errors_are_counted_by_code(client: httpx.AsyncClient) -> None:
     await client.post("/v1/completions", json={"model": "nobody", "prompt": "x"})
-    assert 'adapterd_errors_total{code="model_not_found"} 1.0' in (await client.get("/metrics")).text
+    await client.get("/nowhere")
+    page = (await client.get("/metrics")).text
+    assert 'adapterd_errors_total{code="model_not_found"} 1.0' in page
+    assert 'adapterd_errors_total{code="unknown_url"} 1.0' in page

@@ -20,6 +20,12 @@ async def post(client: httpx.AsyncClient, **fields: object) -> httpx.Response:
     return await client.post("/v1/chat/completions", json={**BODY, **fields})
 
 
+def counted(state: ServerState) -> set[str]:
+    """The samples of requests and errors."""
+    lines = state.metrics.render().decode().splitlines()
+    return {line for line in lines if line.startswith(("adapterd_requests_total{", "adapterd_errors_total{"))}
+
+
 @pytest.mark.anyio
 async def test_an_unknown_model_is_404_in_openais_envelope(client: httpx.AsyncClient) -> None:
     response = await post(client, model="nobody")
@@ -37,7 +43,7 @@ async def test_an_unknown_model_is_404_in_openais_envelope(client: httpx.AsyncCl
 @pytest.mark.anyio
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_refusal_by_the_engine_keeps_its_status(
-    client: httpx.AsyncClient, daemon: FakeDaemon, stream: bool
+    client: httpx.AsyncClient, state: ServerState, daemon: FakeDaemon, stream: bool
 ) -> None:
     daemon.engine.refusal = Overloaded("the queue is full", retry_after_seconds=3)
     response = await post(client, stream=stream)
@@ -46,7 +52,11 @@ async def test_a_refusal_by_the_engine_keeps_its_status(
     response = await post(client, stream=stream)
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert daemon.registry.leases == []
-    assert "adapterd_requests_total{" not in (await client.get("/metrics")).text
+    assert counted(state) == {
+        'adapterd_requests_total{adapter="base",outcome="failed"} 1.0',
+        'adapterd_errors_total{code="overloaded"} 1.0',
+        'adapterd_errors_total{code="context_length_exceeded"} 1.0',
+    }
 
 
 @pytest.mark.anyio
@@ -80,7 +90,7 @@ async def test_the_engine_is_told_what_the_client_calls_its_prompt(
 
 @pytest.mark.anyio
 async def test_a_sequence_that_fails_is_an_error_event_once_the_stream_has_begun(
-    client: httpx.AsyncClient, daemon: FakeDaemon
+    client: httpx.AsyncClient, state: ServerState, daemon: FakeDaemon
 ) -> None:
     daemon.engine.step_seconds = 0.01
     daemon.engine.breaks_at = 3
@@ -91,6 +101,10 @@ async def test_a_sequence_that_fails_is_an_error_event_once_the_stream_has_begun
     daemon.engine.breaks_at = 0
     response = await post(client, stream=True)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "generation_failed")
+    assert counted(state) == {
+        'adapterd_requests_total{adapter="base",outcome="failed"} 2.0',
+        'adapterd_errors_total{code="generation_failed"} 2.0',
+    }
 
 
 @pytest.mark.anyio
@@ -104,13 +118,19 @@ async def test_one_failed_answer_of_several_ends_them_all(
 
 
 @pytest.mark.anyio
-async def test_a_bug_of_ours_shows_nothing_of_itself(client: httpx.AsyncClient, daemon: FakeDaemon) -> None:
+async def test_a_bug_of_ours_shows_nothing_of_itself(
+    client: httpx.AsyncClient, state: ServerState, daemon: FakeDaemon
+) -> None:
     daemon.engine.refusal = RuntimeError("secret at 0x7fd3a2")
     response = await post(client)
     assert response.status_code == 500
     assert "secret" not in response.text
     assert response.json()["error"]["code"] == "internal_error"
     assert daemon.registry.leases == []
+    assert counted(state) == {
+        'adapterd_requests_total{adapter="base",outcome="failed"} 1.0',
+        'adapterd_errors_total{code="internal_error"} 1.0',
+    }
 
 
 @pytest.mark.anyio
