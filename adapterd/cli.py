@@ -70,7 +70,7 @@ def serve(flags: dict[str, Any]) -> int:
     settings = _settings(ServeSettings, flags)
 
     from adapterd.lora_modules import sort_out
-    from adapterd.server.auth import check_exposure, without_key
+    from adapterd.server.auth import check_exposure, trusts_this_machine, without_key
     from adapterd.server.keys import KeyRing, Role
     from adapterd.server.run import DrainingServer, bind, print_ready, url_of
 
@@ -127,6 +127,7 @@ def serve(flags: dict[str, Any]) -> int:
         allow_runtime_adapters=settings.allow_runtime_adapters,
         keys=keys,
         without_key=without_key(keys, insecure_no_auth=settings.insecure_no_auth),
+        local_hosts_only=trusts_this_machine(settings.host, keys, insecure_no_auth=settings.insecure_no_auth),
     )
 
     def on_ready() -> None:

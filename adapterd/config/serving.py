@@ -151,7 +151,11 @@ class ServeSettings(EngineSettings):
     admin_key_file: Path | None = Field(
         None, description="the same, of keys that may also change which adapters are served"
     )
-    insecure_no_auth: bool = Field(False, description="allow a public --host without keys for clients")
+    insecure_no_auth: bool = Field(
+        False,
+        description="something in front checks who calls: allow a public --host without keys for clients, and any name"
+        " as a request's Host",
+    )
     prove_idle: float | None = Field(
         None,
         ge=0,

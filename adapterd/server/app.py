@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterd.server.adapter_api import Adapters
 from adapterd.server.adapters import SglangAdapters, VllmAdapters
-from adapterd.server.auth import ApiKeys, admin_only
+from adapterd.server.auth import ApiKeys, LocalHosts, admin_only
 from adapterd.server.drain import ClosingConnections
 from adapterd.server.envelope import EXCEPTION_HANDLERS
 from adapterd.server.generate import CHAT, COMPLETIONS, Generate
@@ -30,10 +30,12 @@ def create_app(
     allow_runtime_adapters: bool = False,
     keys: KeyRing | None = None,
     without_key: Role | None = "admin",
+    local_hosts_only: bool = False,
 ) -> Starlette:
     """The app starts the engine and the registry with its lifespan.
 
-    `without_key` is what a caller is who sends no key of `keys`.
+    `without_key` is what a caller is who sends no key of `keys`; `local_hosts_only` is for where that is trusted
+    because it comes from this machine.
     """
 
     @asynccontextmanager
@@ -46,6 +48,7 @@ def create_app(
         routes=routes(state, metrics_page, allow_runtime_adapters=allow_runtime_adapters),
         middleware=[
             Middleware(ClosingConnections, drain=state.drain),
+            *([Middleware(LocalHosts)] if local_hosts_only else []),
             Middleware(StraightToMetrics, page=metrics_page),
             Middleware(RequestIds),
             Middleware(ApiKeys, keys=keys, without_key=without_key),

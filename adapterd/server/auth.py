@@ -61,6 +61,52 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def trusts_this_machine(host: str, keys: KeyRing | None, *, insecure_no_auth: bool) -> bool:
+    """Whether it is enough to ask from here, so that `LocalHosts` has to stand before the app."""
+    return keys is None and not insecure_no_auth and is_loopback(host)
+
+
+class LocalHosts:
+    """Middleware that answers 403 to requests for a name that anybody could own.
+
+    A page of the web can have its own name point to the visitor's machine (DNS rebinding). What it asks here is of
+    its own origin then, and no preflight stops it; `Host` alone still tells. Port forwards and clients of this
+    machine say `localhost`, a name under it, an address, or, from a container, a name that no public DNS knows.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for name, value in scope["headers"]:
+                if name == b"host" and not _is_nobodys(value.decode("latin-1")):
+                    error = Forbidden(
+                        "without API keys this daemon answers its own machine alone, under 'localhost' or an address;"
+                        " start it with --api-key-file FILE, or with --insecure-no-auth if something in front checks"
+                        " who calls",
+                        code="host_not_allowed",
+                    )
+                    response = await on_adapterd_error(Request(scope), error)
+                    await response(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+
+def _is_nobodys(authority: str) -> bool:
+    """Whether HOST[:PORT] is an address or a name that nobody can own."""
+    host = authority.strip().lower()
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = host.removesuffix(".")
+    if name in ("", "localhost") or name.endswith((".localhost", ".internal")):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class ApiKeys:
     """Middleware that asks for `Authorization: Bearer KEY` and tells the endpoints whose key it was.
 

@@ -82,8 +82,9 @@ def _check_headers(request: Request, max_bytes: int) -> None:
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
         raise UnsupportedMediaType("compressed bodies are not supported; send plain JSON")
-    # Asking for this type also keeps a web page from posting to a daemon on its visitor's own machine:
-    # browsers send it across origins only after a preflight, which gets no permission here.
+    # Asking for this type also keeps a web page from posting to a daemon on its visitor's own machine: browsers
+    # send it across origins only after a preflight, which gets no permission here. (auth.LocalHosts keeps those
+    # pages out whose own origin is made to be here.)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType("the body must be JSON; send the header 'Content-Type: application/json'")

@@ -7,7 +7,7 @@ from starlette.routing import Route
 
 from adapterd.errors import ConfigError
 from adapterd.server.app import create_app
-from adapterd.server.auth import OPEN_PATHS, check_exposure, without_key
+from adapterd.server.auth import OPEN_PATHS, check_exposure, trusts_this_machine, without_key
 from adapterd.server.keys import KeyRing
 from adapterd.server.state import ServerState
 from tests.server.conftest import asking
@@ -143,6 +143,47 @@ async def test_every_route_that_changes_something_asks_for_an_admin(
                     response = await client.request(method, path, headers=client_key)
                     assert response.status_code == 403, f"{method} {route.path}"
         assert changing >= len(LOADS)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        ("localhost", True),
+        ("localhost:8000", True),
+        ("LocalHost.:8000", True),
+        ("adapterd.localhost", True),
+        ("host.docker.internal:8000", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("10.0.0.7", True),
+        ("", True),
+        ("rebound.example", False),
+        ("rebound.example:8000", False),
+        ("127.0.0.1.rebound.example", False),
+        ("localhost.rebound.example", False),
+        ("[rebound.example]", False),
+        ("notlocalhost", False),
+    ],
+)
+async def test_a_machine_that_trusts_itself_answers_under_names_that_nobody_owns(
+    state: ServerState, host: str, is_answered: bool
+) -> None:
+    async with asking(state, local_hosts_only=True) as client:
+        for path in ("/v1/models", "/metrics", "/livez"):
+            response = await client.get(path, headers={"host": host})
+            assert response.status_code == (200 if is_answered else 403), path
+            assert is_answered or response.json()["error"]["code"] == "host_not_allowed"
+    async with asking(state) as client:
+        assert (await client.get("/v1/models", headers={"host": host})).status_code == 200
+
+
+def test_only_without_keys_and_on_a_loopback_address_does_a_machine_trust_itself(keys: KeyRing) -> None:
+    assert trusts_this_machine("127.0.0.1", None, insecure_no_auth=False)
+    assert trusts_this_machine("localhost", None, insecure_no_auth=False)
+    assert not trusts_this_machine("127.0.0.1", None, insecure_no_auth=True)
+    assert not trusts_this_machine("127.0.0.1", keys, insecure_no_auth=False)
+    assert not trusts_this_machine("0.0.0.0", None, insecure_no_auth=True)
 
 
 def allowed(host: str, keys: KeyRing | None, *, insecure: bool = False, runtime: bool = False) -> bool:

@@ -176,6 +176,8 @@ def test_the_command_serves_and_leaves_at_sigterm_with_status_0(tiny_base: Path)
         assert models == ["tiny", "tiny:medical", "tiny:support"]
         body = {**BODY, "model": "tiny:support", "max_tokens": 4}
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+        rebound = {"host": "rebound.example"}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=rebound).status_code == 403
     (line,) = [line for line in said if "started in" in line]
     total, *seconds = map(float, re.findall(r"\d+\.\d\b", line.partition("started in")[2]))
     assert len(seconds) == 7, line
