@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
+from adapterd.errors import AdapterdError
 from adapterd.names import NameRecord, Owner
 from adapterd.reading import Files
 from adapterd.sources.source import Source, hashes_text
@@ -28,6 +29,17 @@ class NameChanges:
     def of(self, name: str) -> Iterator[NameRecord]:
         with self._locks[hash(name) % len(self._locks)]:
             yield self._catalog.record(name)
+
+    @contextlib.contextmanager
+    def undone_on_error(self, before: NameRecord) -> Iterator[None]:
+        """In the turn of a name: after an error it means what it meant before. Numbers that were given stay given."""
+        try:
+            yield
+        except AdapterdError:
+            now = self._catalog.record(before.name)
+            if now != before:
+                self._catalog.put(replace(before, next_number=now.next_number))
+            raise
 
     def publish(self, record: NameRecord, adapter: Adapter, *, source: str | None = None) -> None:
         """Make `adapter` what the name points to. `source`: where it was downloaded from."""

@@ -6,7 +6,8 @@ AdapterdError
 ├── Unauthorized              401
 ├── Forbidden                 403
 ├── ModelNotFound             404  no base or adapter of that name
-├── Conflict                  409  the name exists with other content, or its owner is elsewhere
+├── Conflict                  409  what was asked for goes against what is there, or its owner is elsewhere
+│   └── OtherContent          409  the name exists with other content
 ├── Overloaded                429  a bounded queue is full; `retry_after_seconds` says when to come back
 ├── AdapterRefused            400  an adapter that cannot be applied exactly; names the field and the reason
 ├── SourceMissing             404  a source that holds no adapter
@@ -72,6 +73,12 @@ class Conflict(AdapterdError):
     status = 409
     type = "invalid_request_error"
     code = "conflict"
+
+
+class OtherContent(Conflict):
+    """How to serve the new content all the same is for each API to say in its own words."""
+
+    code = "other_content"
 
 
 class Overloaded(AdapterdError):

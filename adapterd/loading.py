@@ -4,6 +4,7 @@ Every method waits for disk and network in the caller's thread.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
 from adapterd.changes import NameChanges, located
 from adapterd.core import AdapterId
-from adapterd.errors import Conflict, InvalidRequest, ModelNotFound
-from adapterd.lookup import Lookup
+from adapterd.errors import Conflict, InvalidRequest, ModelNotFound, OtherContent
+from adapterd.lookup import Lookup, why_not_served
 from adapterd.model_name import BASE_ALIAS, is_adapter_name, shown
 from adapterd.names import NameRecord, Owner
 from adapterd.reading import AdapterReader, Files
@@ -36,65 +37,71 @@ class Loader:
         *,
         inplace: bool,
         sha256: object = None,
-        param: str = "lora_path",
+        then: Callable[[str], None] | None = None,
     ) -> AdapterId:
         """Read `source` in this thread and make it `name`'s current version; requests from now on use it.
 
         The same content again changes nothing. Without `inplace` other content under a name that is served is
-        a Conflict. A relative path is looked for below each adapter directory; one that is not below any of
-        them is an InvalidRequest. Raises AdapterRefused for an adapter that cannot be applied, or whose files are
-        not those `sha256` declares, and Forbidden, SourceMissing or SourceFailed for one that cannot be had; then
-        the version before serves on.
+        OtherContent. `then` is called in the name's turn; an error of its own undoes the load. A relative path is
+        looked for below each adapter directory; one that is not below any of them is an InvalidRequest.
+
+        Raises AdapterRefused for an adapter that cannot be applied, or whose files are not those `sha256` declares,
+        and Forbidden, SourceMissing or SourceFailed for one that cannot be had; then the version before serves on.
+        Errors speak of the fields `name` and `source`, whatever the caller's own are called.
         """
         if not is_adapter_name(name):
             raise InvalidRequest(
                 f"{shown(name)} is no adapter name: letters, digits, '.', '_' and '-', at most 128",
-                param="lora_name",
+                param="name",
             )
         if name in (self._lookup.base_name, BASE_ALIAS):
-            raise Conflict(f"{name!r} is the base's own name", param="lora_name")
-        parsed, hashes = parse_declared(str(source), sha256, param=param)
+            raise Conflict(f"{name!r} is the base's own name", param="name")
+        parsed, hashes = parse_declared(str(source), sha256)
         record = self._catalog.record(name)
         if record.owner == "manifest" and not parsed.is_local and record.source != str(parsed):
             raise self._lookup.owned_by_manifest(name)
-        files = self._reader.obtain(parsed, hashes, param=param)
-        with self._changes.of(name) as record:
-            if record.owner == "manifest" and record.path != files.path:
-                raise self._lookup.owned_by_manifest(name)
-            adapter = self._reader.read_files(name, files)
-            served = record.current_version
-            if served is not None and served.id != adapter.id and not inplace:
-                raise Conflict(
-                    f"the adapter {name!r} is already loaded with other content; set load_inplace to"
-                    " replace it",
-                    param="lora_name",
-                )
-            if served is not None and (
-                not inplace or (record.owner == "manifest" and served.id == adapter.id)
-            ):
-                return served.id
-            if record.owner == "manifest":
-                raise self._lookup.owned_by_manifest(name)
-            is_watched = files.path == self._reader.watched(name)
-            owner: Owner = "folder" if is_watched else "runtime"
-            record = replace(located(record, files, parsed), owner=owner)
-            if is_watched:
-                # Whoever may write the folder may change it: what was declared holds for this load.
-                record = replace(record, source=None, sha256=None)
-            self._changes.publish(record, adapter, source=files.source)
+        files = self._reader.obtain(parsed, hashes)
+        with self._changes.of(name) as record, self._changes.undone_on_error(record):
+            adapter_id = self._take(record, parsed, files, inplace=inplace)
+            if then is not None:
+                then(name)
+        return adapter_id
+
+    def _take(self, record: NameRecord, source: Source, files: Files, *, inplace: bool) -> AdapterId:
+        """Read `files`, which `source` asked for, and publish them unless the name serves them already."""
+        name = record.name
+        if record.owner == "manifest" and record.path != files.path:
+            raise self._lookup.owned_by_manifest(name)
+        adapter = self._reader.read_files(name, files)
+        served = record.current_version
+        if served is not None and served.id != adapter.id and not inplace:
+            raise OtherContent(f"the adapter {name!r} is already loaded with other content", param="name")
+        if served is not None and (not inplace or (record.owner == "manifest" and served.id == adapter.id)):
+            return served.id
+        if record.owner == "manifest":
+            raise self._lookup.owned_by_manifest(name)
+        is_watched = files.path == self._reader.watched(name)
+        owner: Owner = "folder" if is_watched else "runtime"
+        record = replace(located(record, files, source), owner=owner)
+        if is_watched:
+            # Whoever may write the folder may change it: what was declared holds for this load.
+            record = replace(record, source=None, sha256=None)
+        self._changes.publish(record, adapter, source=files.source)
         return adapter.id
 
     def update(self, name: str, source: str | None, *, sha256: object) -> None:
         """Read a name's source again, or from now on another one; requests use it once this returns.
 
-        Raises what `load` raises.
+        Also of a name that was refused. Raises what `load` raises.
         """
-        record, _ = self._lookup.served(name)
+        record = self._lookup.known(name)
+        if source is None and record.path is None:  # the manifest's, which tries again by itself
+            raise why_not_served(record, param="name")
         if source is None and sha256 is None:
             self._read_source_again(record)
         else:
             asked = record.source or str(record.path) if source is None else source
-            self.load(name, asked, inplace=True, sha256=sha256, param="source")
+            self.load(name, asked, inplace=True, sha256=sha256)
 
     def _read_source_again(self, record: NameRecord) -> None:
         files = self._files_of(record)

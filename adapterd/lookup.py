@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adapterd.catalog import Catalog
-from adapterd.errors import Conflict, ModelNotFound
+from adapterd.errors import AdapterdError, AdapterRefused, Conflict, ModelNotFound, Unavailable
 from adapterd.model_name import nearest_names, shown
 from adapterd.names import NameRecord, Version
 
@@ -16,18 +16,25 @@ class Lookup:
         self.base_name = base_name
         self._manifest = manifest
 
-    def served(self, name: str) -> tuple[NameRecord, Version]:
+    def known(self, name: str) -> NameRecord:
+        """A name that is there, if only as one that was refused. Raises ModelNotFound."""
         record = self._catalog.record(name)
-        if record.current_version is None:
+        if record.state == "ABSENT":
             raise self.not_found(name, near=name, param="name")
+        return record
+
+    def served(self, name: str) -> tuple[NameRecord, Version]:
+        """Raises ModelNotFound, or why the name means no version."""
+        record = self.known(name)
+        if record.current_version is None:
+            raise why_not_served(record, param="name")
         return record, record.current_version
 
     def changeable(self, name: str) -> tuple[NameRecord, Version]:
         """The same, for who means to change it. Raises Conflict for what the manifest owns."""
-        record, version = self.served(name)
-        if record.owner == "manifest":
+        if self.known(name).owner == "manifest":
             raise self.owned_by_manifest(name)
-        return record, version
+        return self.served(name)
 
     def owned_by_manifest(self, name: str) -> Conflict:
         return Conflict(
@@ -46,6 +53,13 @@ class Lookup:
             f"the model {shown(wanted)} does not exist: the base is {self.base_name!r}, and {exists}",
             param=param,
         )
+
+
+def why_not_served(record: NameRecord, *, param: str = "model") -> AdapterdError:
+    """Of a name that is there and means no version."""
+    if record.error is not None:
+        return AdapterRefused(record.error, param=param)
+    return Unavailable(f"the adapter {record.name!r} is still loading; try again in a moment")
 
 
 def version_of(record: NameRecord, selector: str) -> Version:

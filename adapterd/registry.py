@@ -21,12 +21,12 @@ from adapterd.core import AdapterEvents, AdapterId, AdapterMix, LoadedName, Regi
 from adapterd.database import Database
 from adapterd.device_pins import DevicePins
 from adapterd.entries import AdapterEntry
-from adapterd.errors import AdapterdError, Conflict, ModelNotFound
+from adapterd.errors import Conflict, ModelNotFound
 from adapterd.first_use import FirstUse
 from adapterd.folder_names import FolderOwner
 from adapterd.folders import FolderWatcher
 from adapterd.loading import Loader, is_remote, is_stale
-from adapterd.lookup import Lookup, version_of
+from adapterd.lookup import Lookup, version_of, why_not_served
 from adapterd.manifest_owner import ManifestOwner, ManifestStatus
 from adapterd.model_name import shown
 from adapterd.names import NameRecord
@@ -167,24 +167,30 @@ class AdapterRegistry:
         *,
         inplace: bool,
         sha256: object = None,
-        param: str = "lora_path",
+        pinned: bool = False,
     ) -> AdapterId:
-        """Read a source and make it what `name` means, once this returns. Raises what `Loader.load` raises."""
-        return self._loader.load(name, source, inplace=inplace, sha256=sha256, param=param)
+        """Read a source and make it what `name` means, once this returns, and pin it. Raises what `Loader.load` and
+        `pin` raise; then nothing is changed."""
+        then = self._keep if pinned else None
+        return self._loader.load(name, source, inplace=inplace, sha256=sha256, then=then)
 
     def update(self, name: str, source: str | None = None, *, sha256: object = None) -> AdapterEntry:
         """Read a name's source again, or from now on another one; requests use it once this returns."""
         self._loader.update(name, source, sha256=sha256)
         return self.entry(name)
 
-    def unload(self, name: str) -> AdapterId:
-        """Stop serving a name. Running requests keep their weights; a watched folder stays out until it changes."""
+    def unload(self, name: str) -> None:
+        """Stop serving a name, or naming it as refused. Running requests keep their weights; a watched folder stays
+        out until it changes."""
         with self._changes.of(name):
-            record, version = self._lookup.changeable(name)
+            record = self._lookup.known(name)
+            if record.owner == "manifest":
+                raise self._lookup.owned_by_manifest(name)
+            if record.state == "LOADING":  # it would be there again when it has been read
+                raise why_not_served(record, param="name")
             if record.owner != "folder":
                 record = record.ownerless()
             self._catalog.put(record.absent())
-        return version.id
 
     def forget(self, name: str) -> None:
         """Unload a name if it is served, and forget its versions, its aliases, and why it was refused."""
@@ -239,17 +245,19 @@ class AdapterRegistry:
 
         Raises Overloaded where device memory has no room beside what is pinned; then nothing is changed.
         """
-        with self._changes.of(name):
-            record, current = self._lookup.changeable(name)
-            weights = self._readings.weights_of(current) if pinned else None
-            self._catalog.put(replace(record, is_pinned=pinned), weights)
-            if pinned and self._pins is not None:
-                try:
-                    self._pins.wait(current.id, PIN_SECONDS)
-                except AdapterdError:
-                    self._catalog.put(record)
-                    raise
+        with self._changes.of(name) as record, self._changes.undone_on_error(record):
+            if pinned:
+                self._keep(name)
+            else:
+                self._catalog.put(replace(self._lookup.changeable(name)[0], is_pinned=False))
         return self.entry(name)
+
+    def _keep(self, name: str) -> None:
+        """Pin a name in its turn."""
+        record, current = self._lookup.changeable(name)
+        self._catalog.put(replace(record, is_pinned=True), self._readings.weights_of(current))
+        if self._pins is not None:
+            self._pins.wait(current.id, PIN_SECONDS)
 
     def prefetch(self, name: str) -> AdapterEntry:
         """Have a name's current weights in host memory once this returns, and ask for them on the device: they come
@@ -287,10 +295,11 @@ class AdapterRegistry:
 
     def entry(self, name: str) -> AdapterEntry:
         """One name. Raises ModelNotFound."""
-        record = self._catalog.record(name)
-        if record.state == "ABSENT":
-            raise self._lookup.not_found(name, near=name, param="name")
-        return self._as_seen(record)
+        return self._as_seen(self._lookup.known(name))
+
+    def version_ids(self, name: str) -> tuple[AdapterId, ...]:
+        """Every version that is remembered of a name, served or not."""
+        return tuple(version.id for version in self._catalog.record(name).versions.values())
 
     def manifest(self) -> ManifestStatus | None:
         """Which manifest holds; None without one."""

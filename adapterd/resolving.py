@@ -4,9 +4,9 @@ from adapterd.adapter import Adapter
 from adapterd.catalog import Catalog
 from adapterd.composition import ResolvedModel, compose, resolve_base
 from adapterd.core import BaseSpec
-from adapterd.errors import AdapterRefused, BeingRead, Unavailable
+from adapterd.errors import BeingRead
 from adapterd.first_use import FirstUse
-from adapterd.lookup import Lookup, version_of
+from adapterd.lookup import Lookup, version_of, why_not_served
 from adapterd.model_name import Part, parse_model_name
 from adapterd.readings import Readings
 
@@ -50,9 +50,7 @@ class ModelResolver:
             )
         version = record.current_version
         if version is None:
-            if record.error is not None:
-                raise AdapterRefused(record.error, param="model")
-            raise Unavailable(f"the adapter {part.name!r} is still loading; try again in a moment")
+            raise why_not_served(record)
         if part.version is not None:
             version = version_of(record, part.version)
         adapter = self._catalog.in_memory(version.id)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapterd.core import AdapterId
-from adapterd.errors import InvalidRequest, ModelNotFound
+from adapterd.errors import InvalidRequest, ModelNotFound, OtherContent
 from adapterd.server.adapter_bodies import (
     MAX_DEADLINE_SECONDS,
     AliasBody,
@@ -74,11 +74,13 @@ class Adapters:
 
         def load() -> tuple[AdapterCard, int]:
             is_new = not self._is_served(body.name)
-            self._registry.load(
-                body.name, body.source, inplace=body.replace, sha256=body.sha256, param="source"
-            )
-            if body.pinned:
-                self._registry.pin(body.name)
+            try:
+                self._registry.load(
+                    body.name, body.source, inplace=body.replace, sha256=body.sha256, pinned=body.pinned
+                )
+            except OtherContent as error:
+                way_out = "set 'replace' to true to serve this instead"
+                raise OtherContent(f"{error.message}; {way_out}", param=error.param) from None
             return self._cards().card(self._registry.entry(body.name)), 201 if is_new else 200
 
         card, status = await self._state.changes.run(load)
@@ -134,8 +136,7 @@ class Adapters:
 
     async def _unload(self, name: str, seconds: float, *, abort: bool, forget: bool) -> Response:
         memory = _Memory(self._state)
-        entry = await asyncio.to_thread(self._registry.entry, name)
-        ids = [version.id for version in entry.versions]
+        ids = self._registry.version_ids(name)
         before = memory.held_by(ids)
         change = self._registry.forget if forget else self._registry.unload
         await self._state.changes.run(lambda: change(name))

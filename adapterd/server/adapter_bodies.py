@@ -1,8 +1,8 @@
-"""What a client may ask of /v1/adapters, checked strictly."""
+"""What a client may ask of adapters: of /v1/adapters, checked strictly, and by the paths of other servers, less so."""
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from adapterd.server.protocol import Body
 
@@ -54,3 +54,36 @@ class RollbackBody(Body):
 
 class EmptyBody(Body):
     """No fields."""
+
+
+class LoadAdapterRequest(Body):
+    """vLLM's body. Controllers send keys of their own beside it (`base_model_name`), which are let pass."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Body):
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str = ""
+    lora_int_id: int | None = None
+
+
+class SglangLoadRequest(Body):
+    """SGLang's body for the same."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+
+
+class SglangUnloadRequest(Body):
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str

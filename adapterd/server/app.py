@@ -11,7 +11,6 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterd.server.adapter_api import Adapters
-from adapterd.server.adapters import SglangAdapters, VllmAdapters
 from adapterd.server.auth import ApiKeys, LocalHosts, admin_only
 from adapterd.server.drain import ClosingConnections
 from adapterd.server.envelope import EXCEPTION_HANDLERS
@@ -22,6 +21,12 @@ from adapterd.server.metrics_page import METRICS, ROUTER_METRICS, MetricsPage, S
 from adapterd.server.models import Models
 from adapterd.server.openapi import openapi
 from adapterd.server.state import ServerState
+from adapterd.server.vllm_adapters import (
+    SglangAdapters,
+    VllmAdapters,
+    in_sglangs_words,
+    in_vllms_words,
+)
 
 
 def create_app(
@@ -90,10 +95,10 @@ def routes(state: ServerState, metrics_page: MetricsPage, *, allow_runtime_adapt
             Route("/v1/adapters/{name}/pin", admin_only(adapters.pin), methods=["POST"]),
             Route("/v1/adapters/{name}/unpin", admin_only(adapters.unpin), methods=["POST"]),
             Route("/v1/adapters/{name}/prefetch", admin_only(adapters.prefetch), methods=["POST"]),
-            Route("/v1/load_lora_adapter", admin_only(vllm.load), methods=["POST"]),
-            Route("/v1/unload_lora_adapter", admin_only(vllm.unload), methods=["POST"]),
-            Route("/load_lora_adapter", admin_only(sglang.load), methods=["POST"]),
-            Route("/unload_lora_adapter", admin_only(sglang.unload), methods=["POST"]),
+            Route("/v1/load_lora_adapter", in_vllms_words(admin_only(vllm.load)), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", in_vllms_words(admin_only(vllm.unload)), methods=["POST"]),
+            Route("/load_lora_adapter", admin_only(in_sglangs_words(sglang.load)), methods=["POST"]),
+            Route("/unload_lora_adapter", admin_only(in_sglangs_words(sglang.unload)), methods=["POST"]),
         ]
     return served
 

@@ -24,12 +24,16 @@ def _body(message: str, type: str, param: str | None, code: str | None) -> dict[
 
 
 def error_response(error: AdapterdError) -> JSONResponse:
+    return JSONResponse(envelope(error), status_code=error.status, headers=error_headers(error))
+
+
+def error_headers(error: AdapterdError) -> dict[str, str]:
     headers = {}
     if isinstance(error, Overloaded | Unavailable):
         headers["retry-after"] = str(error.retry_after_seconds)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(envelope(error), status_code=error.status, headers=headers)
+    return headers
 
 
 def count_error(metrics: Metrics, error: AdapterdError) -> None:

@@ -11,8 +11,12 @@ import adapterd
 from adapterd.server.adapter_bodies import (
     AliasBody,
     EmptyBody,
+    LoadAdapterRequest,
     LoadBody,
     RollbackBody,
+    SglangLoadRequest,
+    SglangUnloadRequest,
+    UnloadAdapterRequest,
     UnloadBody,
     UpdateBody,
 )
@@ -20,10 +24,6 @@ from adapterd.server.adapter_cards import AdapterCard, AdapterList, Unloaded
 from adapterd.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    LoadAdapterRequest,
-    SglangLoadRequest,
-    SglangUnloadRequest,
-    UnloadAdapterRequest,
 )
 from adapterd.server.responses import (
     ChatCompletion,

@@ -237,39 +237,6 @@ class CompletionRequest(Sampling):
         return self
 
 
-class LoadAdapterRequest(Body):
-    """vLLM's body. Controllers send keys of their own beside it (`base_model_name`), which are let pass."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    lora_name: str = ""
-    lora_path: str = ""
-    load_inplace: bool = False
-
-
-class UnloadAdapterRequest(Body):
-    model_config = ConfigDict(extra="ignore")
-
-    lora_name: str = ""
-    lora_int_id: int | None = None
-
-
-class SglangLoadRequest(Body):
-    """SGLang's body for the same."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    lora_name: str
-    lora_path: str
-    pinned: bool = False
-
-
-class SglangUnloadRequest(Body):
-    model_config = ConfigDict(extra="ignore")
-
-    lora_name: str
-
-
 UNSUPPORTED: dict[str, str] = {
     "allowed_token_ids": "use logit_bias",
     "audio": "answers are text",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterd.errors import AdapterdError, AdapterRefused, Conflict, InvalidRequest
+from adapterd.errors import AdapterdError, AdapterRefused, Conflict, InvalidRequest, OtherContent
 from adapterd.file_names import CONFIG_FILE
 from adapterd.registry import AdapterRegistry
 from tests.adapters_on_disk import value_of, write
@@ -18,7 +18,7 @@ def test_load_serves_from_its_return_on(root: Path, make: Callable[..., AdapterR
     assert value_of(registry, "a") == 1.0
     registry.load("a", directory, inplace=False)
     write(directory, 5.0)
-    with pytest.raises(Conflict, match="load_inplace"):
+    with pytest.raises(OtherContent, match="'a' is already loaded with other content"):
         registry.load("a", directory, inplace=False)
     assert value_of(registry, "a") == 1.0
     for value in (2.0, 3.0, 4.0):

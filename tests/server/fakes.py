@@ -19,7 +19,14 @@ from adapterd.core import (
     RequestId,
     TokenLogprobs,
 )
-from adapterd.errors import AdapterRefused, BeingRead, Conflict, InvalidRequest, ModelNotFound
+from adapterd.errors import (
+    AdapterRefused,
+    BeingRead,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    OtherContent,
+)
 from adapterd.metrics import Metrics
 
 ANSWER = "Grüße!"
@@ -165,20 +172,23 @@ class FakeRegistry:
     def lease(self, mix: AdapterMix) -> FakeLease:
         return FakeLease(self.leases)
 
-    def load(self, name: str, path: str, *, inplace: bool) -> AdapterId:
+    def load(self, name: str, path: str, *, inplace: bool, pinned: bool = False) -> AdapterId:
+        if name == "owned":
+            raise Conflict(f"{name} is owned by the manifest", param="name", code="owned_by_manifest")
         if name in self.entries and not inplace:
-            raise Conflict(f"{name} holds other content")
+            raise OtherContent(f"{name} holds other content", param="name")
         if ".." in path:
-            raise InvalidRequest(f"{path} is no folder below the adapter directories", param="lora_path")
+            raise InvalidRequest(f"{path} is no folder below the adapter directories", param="source")
         if "missing" in path:
             raise AdapterRefused(f"no adapter at {path}")
-        self.entries[name] = FakeEntry(name, path=path)
+        self.entries[name] = FakeEntry(name, path=path, is_pinned=pinned)
         return SUPPORT
 
-    def unload(self, name: str) -> AdapterId:
+    def unload(self, name: str) -> None:
+        if name == "owned":
+            raise Conflict(f"{name} is owned by the manifest", param="name", code="owned_by_manifest")
         if self.entries.pop(name, None) is None:
             raise ModelNotFound(f"no adapter {name}")
-        return SUPPORT
 
     def pin(self, name: str, *, pinned: bool = True) -> FakeEntry:
         self.entries[name] = replace(self.entries[name], is_pinned=pinned)

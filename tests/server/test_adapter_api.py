@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +184,10 @@ async def test_other_content_under_a_served_name_must_be_asked_for(client: httpx
     assert (await client.post("/v1/adapters", json=body)).status_code == 201
     assert (await client.post("/v1/adapters", json=body)).status_code == 200
     body["source"] = ".v/two"
-    assert code(await client.post("/v1/adapters", json=body)) == (409, "conflict")
+    refused = await client.post("/v1/adapters", json=body)
+    assert code(refused) == (409, "other_content")
+    assert "set 'replace' to true" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "name"
     assert (await load(client, "a", ".v/two", replace=True))["version"] == 2
 
 
@@ -332,6 +336,31 @@ async def test_delete_forgets_versions_but_never_gives_a_number_twice(
     assert [version["number"] for version in card["versions"]] == [3]
     for query in ("deadline_seconds=x", "deadline_seconds=-1", "deadline_seconds=nan", "abort=yes"):
         assert code(await client.delete(f"/v1/adapters/a?{query}")) == (400, "invalid_value")
+
+
+async def test_what_was_unloaded_can_be_forgotten(client: httpx.AsyncClient) -> None:
+    await load(client, "a", ".v/one")
+    assert (await post(client, "a/unload")).status_code == 200
+    response = await client.delete("/v1/adapters/a")
+    assert (response.status_code, response.json()["object"]) == (200, "adapter.unloaded")
+    assert code(await client.delete("/v1/adapters/a")) == (404, "model_not_found")
+    card = await load(client, "a", ".v/one")
+    assert [version["number"] for version in card["versions"]] == [2]
+
+
+async def test_a_name_that_was_refused_is_there(client: httpx.AsyncClient, root: Path) -> None:
+    """It can be told to read its source again, or another one, and be unloaded; what it cannot do, it says why."""
+    broken = write(root / ".v" / "broken", 3.0)
+    (broken / "adapter_model.safetensors").write_bytes(b"cut off")
+    for name in ("w", "x"):
+        shutil.copytree(broken, root / ".v" / name).rename(root / name)
+        while (await client.get(f"/v1/adapters/{name}")).json().get("state") != "FAILED":
+            await asyncio.sleep(0.05)
+    for action in ("update", "pin", "prefetch", "rollback"):
+        assert code(await post(client, f"w/{action}")) == (400, "adapter_refused"), action
+    assert (await post(client, "w/update", source=".v/one")).json()["state"] == "READY"
+    assert (await post(client, "x/unload")).status_code == 200
+    assert code(await post(client, "x/unload")) == (404, "model_not_found")
 
 
 async def test_a_watched_folder_that_was_deleted_stays_out_until_it_changes(

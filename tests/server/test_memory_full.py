@@ -68,3 +68,26 @@ def test_all_pinned_and_full_is_a_429_and_not_a_hang(client: httpx.Client) -> No
     finally:
         client.post("/v1/adapters/support/unpin", json={}).raise_for_status()
     assert ask(client, "medical").status_code == 200
+
+
+def test_a_load_whose_pin_finds_no_room_changes_nothing(client: httpx.Client) -> None:
+    def load(name: str) -> httpx.Response:
+        body = {"name": name, "source": "medical", "replace": True, "pinned": True}
+        return client.post("/v1/adapters", json=body)
+
+    client.post("/v1/adapters/support/pin", json={}).raise_for_status()
+    try:
+        assert_no_room(load("new"), "new")
+        assert client.get("/v1/adapters/new").status_code == 404
+        sglang = {"lora_name": "new", "lora_path": "medical", "pinned": True}
+        assert client.post("/load_lora_adapter", json=sglang).json()["success"] is False
+        assert client.get("/v1/adapters/new").status_code == 404
+        old = client.post("/v1/adapters", json={"name": "old", "source": "support"}).json()
+        assert_no_room(load("old"), "old")
+        card = client.get("/v1/adapters/old").json()
+        assert (card["digest"], card["version"], card["pinned"]) == (old["digest"], 1, False)
+    finally:
+        client.post("/v1/adapters/support/unpin", json={}).raise_for_status()
+    assert (load("old").json()["version"], load("new").status_code) == (3, 201)
+    for name in ("old", "new"):
+        client.delete(f"/v1/adapters/{name}").raise_for_status()

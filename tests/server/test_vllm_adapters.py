@@ -37,10 +37,19 @@ async def test_load_and_unload_answer_in_vllms_words(client: httpx.AsyncClient) 
         (LOAD, {"lora_name": "x", "lora_path": "../etc"}, 404, "NotFoundError", "no folder below"),
         (UNLOAD, {}, 400, "InvalidUserInput", "'lora_name' needs to be provided"),
         (UNLOAD, {"lora_name": "nobody"}, 404, "NotFoundError", "'nobody' cannot be found."),
+        (LOAD, {"lora_name": 3, "lora_path": "x"}, 400, "InvalidUserInput", "lora_name"),
+        (LOAD, {"lora_name": "owned", "lora_path": "x"}, 409, "InvalidUserInput", "owned by the manifest"),
+        (UNLOAD, {"lora_name": "owned"}, 409, "InvalidUserInput", "owned by the manifest"),
     ],
 )
 async def test_errors_carry_vllms_type_nested_and_at_the_top(
-    client: httpx.AsyncClient, path: str, body: dict[str, object], status: int, kind: str, sentence: str
+    client: httpx.AsyncClient,
+    state: ServerState,
+    path: str,
+    body: dict[str, object],
+    status: int,
+    kind: str,
+    sentence: str,
 ) -> None:
     response = await client.post(path, json=body)
     error = response.json()
@@ -48,6 +57,9 @@ async def test_errors_carry_vllms_type_nested_and_at_the_top(
     assert error["type"] == error["error"]["type"] == kind
     assert sentence in error["message"]
     assert error["message"] == error["error"]["message"]
+    # Controllers take that sentence for a success.
+    assert ("already" in error["message"]) == (body.get("lora_name") == "support")
+    assert f'adapterd_errors_total{{code="{error["error"]["code"]}"}} 1.0' in state.metrics.render().decode()
 
 
 @pytest.mark.anyio
@@ -69,6 +81,13 @@ async def test_sglangs_calls_answer_in_its_words(client: httpx.AsyncClient, daem
         response = await client.post(path, json={"lora_name": "nobody", "lora_path": "missing"})
         assert (response.status_code, response.json()["success"]) == (400, False)
         assert response.json()["error_message"]
+    for body, words in (
+        ({"lora_name": "support", "lora_path": "x"}, "unload it first"),
+        ({"lora_name": 3}, "lora_name"),
+    ):
+        response = await client.post(SGLANG_LOAD, json=body)
+        assert (response.status_code, response.json()["success"]) == (400, False)
+        assert words in response.json()["error_message"]
 
 
 @pytest.mark.anyio
