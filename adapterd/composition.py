@@ -45,37 +45,51 @@ def compose(spec: BaseSpec, parts: Sequence[Part], adapters: Sequence[Adapter]) 
     where all parts agree.
     """
     _refuse_what_cannot_be_added(parts, adapters)
-    weights: dict[AdapterId, float] = {}
+    mix = add_up(parts, [adapter.id for adapter in adapters])
     templates: dict[str, str] = {}
     for part, adapter in zip(parts, adapters, strict=True):
-        weights[adapter.id] = weights.get(adapter.id, 0.0) + part.weight
         if adapter.chat_template is not None:
             templates.setdefault(adapter.chat_template, part.name)
-    for adapter_id, weight in weights.items():
-        if weight == 0:
-            raise InvalidRequest(
-                f"the weights of {adapter_id.name!r} add up to 0; leave it out", param="model"
-            )
     if len(templates) > 1:
         first, second = itertools.islice(templates.values(), 2)
         raise InvalidRequest(
             f"{first!r} and {second!r} bring different chat templates and cannot be composed", param="model"
         )
-    mix = tuple(sorted(weights.items()))
     defaults = adapters[0].generation_defaults
     if any(adapter.generation_defaults != defaults for adapter in adapters):
         defaults = _NO_DEFAULTS
     eos = [spec.eos_token_ids if a.eos_token_ids is None else a.eos_token_ids for a in adapters]
     return ResolvedModel(
         mix=mix,
-        model=f"{spec.name}:{'+'.join(_weighted(_versioned(part), part.weight) for part in parts)}",
-        digest="+".join(_weighted(adapter_id.digest, weight) for adapter_id, weight in mix),
+        model=canonical_model(spec.name, parts),
+        digest=mix_digest(mix),
         chat_template=next(iter(templates), None),
         eos_token_ids=frozenset(itertools.chain(*eos)),
         generation_defaults=defaults,
         adapter_names=tuple(dict.fromkeys(part.name for part in parts)),
         adapters=tuple(adapters),
     )
+
+
+def add_up(parts: Sequence[Part], ids: Sequence[AdapterId]) -> AdapterMix:
+    """`ids`: what each part means. Raises InvalidRequest where the weights of one content cancel each other."""
+    weights: dict[AdapterId, float] = {}
+    for part, adapter_id in zip(parts, ids, strict=True):
+        weights[adapter_id] = weights.get(adapter_id, 0.0) + part.weight
+    for adapter_id, weight in weights.items():
+        if weight == 0:
+            raise InvalidRequest(
+                f"the weights of {adapter_id.name!r} add up to 0; leave it out", param="model"
+            )
+    return tuple(sorted(weights.items()))
+
+
+def canonical_model(base_name: str, parts: Sequence[Part]) -> str:
+    return f"{base_name}:{'+'.join(_weighted(_versioned(part), part.weight) for part in parts)}"
+
+
+def mix_digest(mix: AdapterMix) -> str:
+    return "+".join(_weighted(adapter_id.digest, weight) for adapter_id, weight in mix)
 
 
 def _refuse_what_cannot_be_added(parts: Sequence[Part], adapters: Sequence[Adapter]) -> None:

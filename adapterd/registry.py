@@ -32,7 +32,7 @@ from adapterd.model_name import shown
 from adapterd.names import NameRecord
 from adapterd.reading import AdaptedBase, AdapterReader
 from adapterd.readings import Readings
-from adapterd.resolving import ModelResolver
+from adapterd.resolving import ModelDescription, ModelResolver
 from adapterd.sources.places import AdapterPlaces
 from adapterd.versions import Lease
 
@@ -149,6 +149,13 @@ class AdapterRegistry:
     def resolve_waiting(self, model: str, timeout: float) -> ResolvedModel:
         """The same, waiting for weights that have to be read first, at most `timeout` seconds for each."""
         return self._resolver.resolve_waiting(model, timeout)
+
+    def describe(self, model: str) -> ModelDescription:
+        """What `model` names now, without its weights: reads, fetches and searches for nothing.
+
+        Raises ModelNotFound, Unavailable (loading), AdapterRefused, InvalidRequest.
+        """
+        return self._resolver.describe(model)
 
     def lease(self, mix: AdapterMix) -> Lease:
         """Hold the versions of a mix that `resolve` gave, for as long as its result is alive or another holds them."""

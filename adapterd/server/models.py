@@ -25,14 +25,13 @@ class Models:
 
     async def one(self, request: Request) -> Response:
         """Any spelling that a request's `model` may have. Raises ModelNotFound."""
-        registry = self._state.daemon.registry
-        resolved = await self._state.resolve(request.path_params["model"])
+        found = self._state.describe(request.path_params["model"])
         card = self._base_card()
-        if resolved.mix:
-            entry = next((e for e in registry.list() if e.name == resolved.adapter_names[0]), None)
-            if entry is not None and len(resolved.mix) == 1:
-                card = self._adapter_card(entry, resolved.model)
-            card |= {"id": resolved.model, "parent": self._state.spec.name, "digest": resolved.digest}
+        if found.digest != BASE_ADAPTER.digest:
+            card |= {"id": found.model, "parent": self._state.spec.name, "digest": found.digest}
+        if found.path is not None:
+            card["root"] = str(found.path)
+            card["created"] = int(found.loaded_at or self._state.created_unix)
         return JSONResponse(card)
 
     def _base_card(self) -> ModelCard:

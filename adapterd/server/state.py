@@ -17,7 +17,7 @@ from adapterd.server.drain import Drain
 from adapterd.server.in_use import AdaptersInUse
 from adapterd.server.readiness import Readiness
 from adapterd.server.render_pool import RenderPool
-from adapterd.server.seams import Daemon, FullProofs, ResolvedModel
+from adapterd.server.seams import Daemon, FullProofs, ModelDescription, ResolvedModel
 from adapterd.server.streams import OutputStreams
 from adapterd.server.warm_up import warm_up
 
@@ -86,6 +86,10 @@ class ServerState:
                 "others are in use, or the disk is slow; try again, or start with a larger --host-memory",
                 retry_after_seconds=5,
             ) from None
+
+    def describe(self, model: str) -> ModelDescription:
+        """What `model` names now, by name alone: at once, and without any effect."""
+        return self.daemon.registry.describe(self._more_spellings.get(model, model))
 
     async def _resolve_after(self, model: str, reading: BeingRead) -> ResolvedModel:
         kept: list[object] = []  # until it is resolved: memory may be too small to keep it for nobody

@@ -35,6 +35,21 @@ def test_what_has_to_be_read_first_says_so_and_does_not_wait(
     assert registry.resolve(gone).adapter_names == (gone,)
 
 
+def test_a_description_reads_nothing_and_brings_nothing_to_memory(
+    root: Path, make: Callable[..., AdapterRegistry]
+) -> None:
+    registry = make(host_bytes=1)
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        registry.load(name, write(root / "v" / name, value), inplace=True)
+    before = registry.stats()
+    found = registry.describe("mini:a")
+    assert (found.model, found.path) == ("mini:a", root / "v" / "a")
+    assert registry.describe("base").path is None
+    assert registry.stats() == before
+    with pytest.raises(BeingRead):
+        registry.resolve("mini:a")
+
+
 def test_pinned_adapter_stays_in_memory_through_its_versions(
     root: Path, make: Callable[..., AdapterRegistry]
 ) -> None:

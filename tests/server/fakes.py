@@ -129,6 +129,14 @@ class FakeEntry:
     is_pinned: bool = False
 
 
+@dataclass(frozen=True)
+class FakeDescription:
+    model: str = "tiny"
+    digest: str = "base"
+    path: str | None = None
+    loaded_at: float | None = None
+
+
 class FakeLease:
     def __init__(self, leases: list["FakeLease"]) -> None:
         self._leases = leases
@@ -168,6 +176,15 @@ class FakeRegistry:
             generation_defaults=defaults,
             adapter_names=(name,),
         )
+
+    def describe(self, model: str) -> FakeDescription:
+        if model in ("tiny", "base"):
+            return FakeDescription()
+        name = model.removeprefix("tiny:")
+        if name not in self.entries:
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
+        entry = self.entries[name]
+        return FakeDescription(f"tiny:{name}", SUPPORT.digest, entry.path, entry.loaded_at)
 
     def lease(self, mix: AdapterMix) -> FakeLease:
         return FakeLease(self.leases)

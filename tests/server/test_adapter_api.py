@@ -232,6 +232,25 @@ async def test_versions_are_addressed_aliased_and_rolled_back(client: httpx.Asyn
     assert code(await post(client, "a/rollback", version=9)) == (404, "model_not_found")
 
 
+async def test_the_model_of_a_version_is_that_versions(client: httpx.AsyncClient, root: Path) -> None:
+    first = await load(client, "a", ".v/one")
+    second = await load(client, "a", ".v/two", replace=True)
+
+    async def model(name: str) -> dict[str, Any]:
+        card: dict[str, Any] = (await client.get(f"/v1/models/{name}")).json()
+        return card
+
+    for name, card, folder in (("a@1", first, "one"), ("a@2", second, "two"), ("a", second, "two")):
+        found = await model(name)
+        assert (found["id"], found["parent"]) == (f"tiny:{name}", "tiny")
+        assert (found["digest"], found["root"]) == (card["digest"], str(root / ".v" / folder))
+        assert int(card["versions"][0]["first_loaded_at"]) <= found["created"] <= int(card["loaded_at"])
+    composed = await model("a@1*0.5+a@2")
+    assert composed["id"] == "tiny:a@1*0.5+a@2"
+    assert {*composed["digest"].split("+")} == {f"{first['digest']}*0.5", second["digest"]}
+    assert code(await client.get("/v1/models/a@3")) == (404, "model_not_found")
+
+
 async def test_pins_and_prefetch(client: httpx.AsyncClient) -> None:
     await load(client, "a", ".v/one")
     assert (await client.post("/v1/adapters/a/pin", headers={"content-type": "application/json"})).json()[

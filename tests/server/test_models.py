@@ -1,5 +1,7 @@
 """GET /v1/models."""
 
+from concurrent.futures import Future
+
 import httpx
 import pytest
 
@@ -59,8 +61,13 @@ async def test_an_adapter_that_is_not_ready_is_not_listed(
 @pytest.mark.parametrize(
     ("model", "id"), [("tiny", "tiny"), ("support", "tiny:support"), ("tiny:support", "tiny:support")]
 )
-async def test_one_model_by_any_of_its_names(client: httpx.AsyncClient, model: str, id: str) -> None:
-    assert (await client.get(f"/v1/models/{model}")).json()["id"] == id
+async def test_one_model_by_any_of_its_names_is_the_one_of_the_list(
+    client: httpx.AsyncClient, daemon: FakeDaemon, model: str, id: str
+) -> None:
+    daemon.registry.readings.append(Future())  # weights that never come: nobody waits for them
+    (listed,) = [card for card in (await client.get("/v1/models")).json()["data"] if card["id"] == id]
+    assert (await client.get(f"/v1/models/{model}")).json() == listed
+    assert len(daemon.registry.readings) == 1
 
 
 async def test_an_unknown_model_is_404(client: httpx.AsyncClient) -> None:
