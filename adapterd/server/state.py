@@ -148,7 +148,7 @@ class ServerState:
                 await asyncio.to_thread(self.full_proofs.stop)
             await asyncio.to_thread(self.daemon.engine.stop)
             await asyncio.to_thread(self.daemon.registry.stop)
-            await asyncio.to_thread(self.render_pool.close)
+            self.render_pool.close()
             await asyncio.to_thread(self.changes.close)
 
     async def _warm_up(self) -> None:

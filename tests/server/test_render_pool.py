@@ -1,11 +1,13 @@
 """Tokenising beside the event loop, bounded."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from adapterd.errors import InvalidRequest, Overloaded
+from adapterd.errors import InvalidRequest, Overloaded, Unavailable
 from adapterd.server.render_pool import RenderPool
 
 pytestmark = pytest.mark.anyio
@@ -46,3 +48,45 @@ async def test_errors_come_back() -> None:
     with pytest.raises(InvalidRequest, match="no such role"):
         await pool.run(refuse)
     pool.close()
+
+
+async def test_nobody_waits_for_a_call_that_does_not_end() -> None:
+    pool = RenderPool(num_threads=1, seconds=0.05)
+    gate = threading.Event()
+    for call in (gate.wait, lambda: 3):
+        with pytest.raises(Unavailable, match=r"within 0\.05 s"):
+            await pool.run(call)
+    pool.close()
+    gate.set()
+
+
+async def test_what_waits_at_the_end_is_cancelled() -> None:
+    pool = RenderPool(num_threads=1)
+    gate = threading.Event()
+    running, waiting = (asyncio.create_task(pool.run(gate.wait)) for _ in range(2))
+    await asyncio.sleep(0.05)
+    pool.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.set()
+    assert await running
+
+
+ENDLESS = """
+import asyncio, time
+from adapterd.server.render_pool import RenderPool
+
+async def main():
+    pool = RenderPool(seconds=0.1)
+    try:
+        await pool.run(time.sleep, 600)
+    finally:
+        pool.close()
+
+asyncio.run(main())
+"""
+
+
+def test_the_process_ends_all_the_same() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDLESS], capture_output=True, text=True, timeout=60)
+    assert "Unavailable" in ended.stderr
