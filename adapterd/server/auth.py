@@ -44,7 +44,7 @@ def check_exposure(
             " --api-key-file FILE, or with --insecure-no-auth if something in front checks who calls",
             param="host",
         )
-    if allow_runtime_adapters and not has_admin_keys and (is_public or has_keys):
+    if allow_runtime_adapters and not has_admin_keys and (is_public or has_keys or insecure_no_auth):
         raise ConfigError(
             "--allow-runtime-adapters lets callers change what is served, and no admin key is set; start with"
             " --admin-key-file FILE, or write role=admin behind a key in --api-key-file",

@@ -220,6 +220,7 @@ def test_adapters_change_at_run_time_only_under_an_admins_key(
     (tmp_path / "plain").write_text("first\n")
     plain = KeyRing([(tmp_path / "plain", "client")])
     assert not allowed("0.0.0.0", None, insecure=True, runtime=True)
+    assert not allowed("127.0.0.1", None, insecure=True, runtime=True)
     assert not allowed("0.0.0.0", plain, runtime=True)
     assert not allowed("127.0.0.1", plain, runtime=True)
     assert allowed("0.0.0.0", keys, runtime=True)
