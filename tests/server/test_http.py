@@ -235,5 +235,8 @@ def test_a_client_that_leaves_is_noticed_whatever_else_it_sent(
             eventually(lambda: daemon.engine.running)
             for _ in range(num_requests - 1):
                 connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
-        eventually(lambda: not daemon.engine.running)
+        try:
+            eventually(lambda: not daemon.engine.running)
+        finally:
+            daemon.engine.release()  # or a daemon that has not noticed would never end
         assert len(daemon.engine.requests) == 1
