@@ -144,9 +144,7 @@ class DevicePins:
             _logger.warning(
                 "adapter %s is pinned, but not in device memory: %s", adapter_id.name, refusal.message
             )
-        except (
-            Exception
-        ) as failure:  # of disk or memory, say: the pins that come after are followed all the same
+        except Exception as failure:  # of a disk, say: later pins are followed all the same
             error = Unavailable(
                 f"adapter {adapter_id.name!r} could not be read: {type(failure).__name__}, of which the log says more"
             )
