@@ -122,18 +122,19 @@ def serve(flags: dict[str, Any]) -> int:
         warms_up=True,
         full_proofs=proofs,
     )
+    keyless = without_key(keys, insecure_no_auth=settings.insecure_no_auth)
     app = create_app(
         state,
         allow_runtime_adapters=settings.allow_runtime_adapters,
         keys=keys,
-        without_key=without_key(keys, insecure_no_auth=settings.insecure_no_auth),
+        without_key=keyless,
         local_hosts_only=trusts_this_machine(settings.host, keys, insecure_no_auth=settings.insecure_no_auth),
     )
 
     def on_ready() -> None:
         stages.done("adapters and first forwards")
         logger.info("started in %s", stages)
-        print_ready(url_of(listener), state.model_names())
+        print_ready(url_of(listener), state.model_names(), asks_for_key=keyless is None)
 
     server = DrainingServer(
         app,

@@ -109,15 +109,16 @@ class DrainingServer(uvicorn.Server):
         return drain.is_complete or (drain.has_begun and late > _CUT_SECONDS)
 
 
-def print_ready(url: str, models: list[str]) -> None:
+def print_ready(url: str, models: list[str], *, asks_for_key: bool) -> None:
     """The one thing a person wants to see, on stdout; logs go to stderr."""
     model = models[1] if len(models) > 1 else models[0]
     body = (
         f'{{"model": "{model}", "messages": [{{"role": "user", "content": "My parcel has not arrived."}}]}}'
     )
+    key = " -H 'Authorization: Bearer KEY'" if asks_for_key else ""
     print(
         f"adapterd is ready on {url} with {', '.join(models)}. Try:\n"
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
         flush=True,
         file=sys.stdout,
     )

@@ -150,12 +150,15 @@ def test_it_says_that_it_is_ready_once_and_only_when_the_adapters_are_read(
 
 
 def test_the_ready_line_has_the_url_the_models_and_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    print_ready("http://127.0.0.1:8000", ["mini", "mini:support"])
+    print_ready("http://127.0.0.1:8000", ["mini", "mini:support"], asks_for_key=False)
     text = capsys.readouterr().out
     assert text.startswith("adapterd is ready on http://127.0.0.1:8000 with mini, mini:support.")
     command = text.splitlines()[1].strip()
     assert command.startswith("curl http://127.0.0.1:8000/v1/chat/completions ")
     assert json.loads(command.split("'")[-2])["model"] == "mini:support"
+    assert "Authorization" not in command
+    print_ready("http://127.0.0.1:8000", ["mini"], asks_for_key=True)
+    assert " -H 'Authorization: Bearer KEY' -d '{" in capsys.readouterr().out
 
 
 def test_a_port_in_use_is_one_clear_error() -> None:
