@@ -42,7 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("engine",),
     ("daemon", "idle_proofs"),
-    ("server", "training", "evaluation", "adapter_commands", "daemon_client", "full_proof"),
+    ("server", "training", "adapter_commands", "daemon_client", "full_proof"),
+    ("evaluation",),
     ("cli",),
     ("__main__",),
 )

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from adapterd.composition import ResolvedModel
-from adapterd.evaluation.scoring import Task, kind_of, squeeze
+from adapterd.evaluation.scoring import Task, kind_of
 from adapterd.training.data import Row, fold, fold_turns
+from adapterd.training.forms import squeeze
 
 ArmKind = Literal["base", "prompted", "adapter", "peer"]
 Messages = tuple[Mapping[str, Any], ...]

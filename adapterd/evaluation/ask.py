@@ -12,9 +12,10 @@ from adapterd.daemon import Daemon
 from adapterd.engine.offline import Finished
 from adapterd.errors import InvalidRequest
 from adapterd.evaluation.arms import Prompting
-from adapterd.evaluation.scoring import Answer, squeeze
+from adapterd.evaluation.scoring import Answer
 from adapterd.evaluation.task import answer_ids
 from adapterd.training.data import Row
+from adapterd.training.forms import squeeze
 
 NUM_TIMED_ROWS = 8
 """Rows asked one by one, for the time a single request takes."""

@@ -18,8 +18,9 @@ from adapterd.evaluation.report import (
     time_rows,
 )
 from adapterd.evaluation.result import Result
-from adapterd.evaluation.scoring import TITLES, squeeze
+from adapterd.evaluation.scoring import TITLES
 from adapterd.evaluation.statistics import Estimate
+from adapterd.training.forms import squeeze
 
 TEMPLATE_FILE = "report.html.jinja"
 MAX_EXAMPLES = 200

@@ -8,8 +8,9 @@ from typing import Any
 
 from adapterd.evaluation.compare import ArmResult, Comparison
 from adapterd.evaluation.result import Result
-from adapterd.evaluation.scoring import TITLES, squeeze
+from adapterd.evaluation.scoring import TITLES
 from adapterd.evaluation.statistics import Difference, Estimate
+from adapterd.training.forms import squeeze
 
 OTHER_LABEL = "(none of them)"
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from adapterd.evaluation.formats import AnswerFormat, Slots
 from adapterd.evaluation.similarity import chrf, rouge_l
+from adapterd.training.forms import FIELD, find_labels, parse_fields, squeeze
 
 Kind = Literal["fields", "label", "text"]
 
@@ -29,11 +30,8 @@ TITLES: Mapping[str, str] = {
 }
 """Every metric that a row has a value of, 0 to 1 and the higher the better, in the order of the tables."""
 
-_FIELD = re.compile(r"([A-Za-z][A-Za-z0-9 _-]{0,30}):[ \t]*(.*)")
 _NUMBER = re.compile(r"\d+(?:[.,/:-]\d+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_MAX_LABELS = 20
-_MAX_LABEL_WORDS = 3
 _SHARED_BY_MOST = 0.8
 
 
@@ -148,32 +146,10 @@ def score(task: Task, answers: Sequence[Answer]) -> Scores:
     )
 
 
-def find_labels(references: Sequence[str]) -> frozenset[str]:
-    """The labels of a labelling task: if most references are one of a few short phrases, those phrases."""
-    counts = Counter(squeeze(reference) for reference in references if parse_fields(reference) is None)
-    short = {text: n for text, n in counts.items() if len(text.split()) <= _MAX_LABEL_WORDS}
-    repeated = sum(n for n in short.values() if n > 1)
-    if len(short) > _MAX_LABELS or repeated < _SHARED_BY_MOST * sum(counts.values()):
-        return frozenset()
-    return frozenset(short)
-
-
 def kind_of(reference: str, labels: frozenset[str]) -> Kind:
     if squeeze(reference) in labels:
         return "label"
     return "text" if parse_fields(reference) is None else "fields"
-
-
-def parse_fields(text: str) -> dict[str, str] | None:
-    """`Key: value` lines in their order; None if a line is none, a key repeats, or there is only one."""
-    lines = [line for line in text.strip().split("\n") if line.strip()]
-    fields: dict[str, str] = {}
-    for line in lines:
-        match = _FIELD.fullmatch(line.strip())
-        if match is None or match[1] in fields:
-            return None
-        fields[match[1]] = squeeze(match[2])
-    return fields if len(fields) > 1 else None
 
 
 def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
@@ -183,10 +159,6 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
     if not wanted:
         return float("nan")
     return sum(2 * both[label] / (wanted[label] + given[label]) for label in wanted) / len(wanted)
-
-
-def squeeze(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _same(task: Task, answer: Answer) -> bool:
@@ -230,7 +202,7 @@ def _lenient_fields(text: str) -> dict[str, str]:
     """The fields of those lines that are fields; the first of a key counts."""
     fields: dict[str, str] = {}
     for line in text.split("\n"):
-        match = _FIELD.fullmatch(line.strip())
+        match = FIELD.fullmatch(line.strip())
         if match is not None:
             fields.setdefault(match[1], squeeze(match[2]))
     return fields

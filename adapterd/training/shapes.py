@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterd.evaluation.scoring import find_labels, parse_fields
+from adapterd.training.forms import find_labels, parse_fields
 from adapterd.training.rows import Row
 
 _ESTABLISHED_SHARE = 0.1

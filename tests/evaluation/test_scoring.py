@@ -7,12 +7,11 @@ from adapterd.evaluation.scoring import (
     Answer,
     Scores,
     Task,
-    find_labels,
     kind_of,
     macro_f1,
-    parse_fields,
     score,
 )
+from adapterd.training.forms import find_labels, parse_fields
 
 TICKET = "Category: Refund\nPriority: High\nSentiment: Angry"
 NOTE = "S: Dry cough for 3 days.\nO: BP 132/84, HR 88.\nA: Possible bronchitis.\nP: Not recorded."
